@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Turn notebooks into Markdown: their text, their code and the text the code printed.
+
+`.ci/readme.py` makes README.md from nbs/index.ipynb (run it after editing the index); `.ci/readme.py FOLDER` writes
+every page to FOLDER/NAME.html.md, the address that the docstrings of the modules give.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def notebook_to_markdown(page, links):
+    "Return the Markdown of a notebook without its hidden cells; `links` replaces the target of links between pages."
+    parts = []
+    for cell in json.loads(Path(page).read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(re.sub(r"\]\((?:\d\d_)?([\w.]+)\.ipynb(?=[)#])", links, source))
+        elif not re.match(r"#\|\s*(hide|default_exp)\b", source):
+            parts.append(f"```python\n{source}\n```")
+            for output in cell["outputs"]:
+                data = output.get("data", {})
+                text = "".join(output.get("text") or data.get("text/plain", ""))
+                if text and "image/png" not in data: parts.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def readme_from_index(page):
+    "Return the text of README.md."
+    return notebook_to_markdown(page, lambda link: "](nbs/" + link[0][2:])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1: (ROOT / "README.md").write_text(readme_from_index(ROOT / "nbs/index.ipynb"), encoding="utf-8")
+    for folder in map(Path, sys.argv[1:]):
+        for page in (ROOT / "nbs").glob("*.ipynb"):
+            name = re.sub(r"^\d\d_", "", page.stem)
+            text = notebook_to_markdown(page, r"](\1.html.md")
+            (folder / f"{name}.html.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,34 @@
+"Every page runs from a fresh interpreter, offline and on one thread, warns of nothing and shows what it stores."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
+
+
+def outputs(page):
+    "Return cell id -> kinds of output, in order."
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    return {c["id"]: [o.get("name") or o["output_type"] for o in c["outputs"]] for c in cells if c.get("outputs")}
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_page_runs(page, tmp_path):
+    (tmp_path / "nbs").mkdir()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    copy = Path(shutil.copy(page, tmp_path / "nbs"))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+           "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env.pop("MPLBACKEND", None)  # figures are shown inline
+    ran = subprocess.run([Path(sys.executable).with_name("nbdev-test"), copy, "--n-workers", "0", "--save"],
+                         cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "Warning" not in ran.stderr, ran.stderr
+    shown = outputs(copy)
+    assert not [id for id, kinds in shown.items() if "stderr" in kinds], "a cell warns"
+    assert sorted(shown) == sorted(outputs(page)), "the page is not stored as it runs: run all cells and save"
