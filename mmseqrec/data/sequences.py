@@ -217,7 +217,7 @@ def _share_out(order, n_groups):
     "Cut `order` into `n_groups` pieces whose sizes differ by at most one."
     return np.array_split(order, n_groups) if n_groups else []
 
-
+# %% ../../nbs/14_data.sequences.ipynb #deal
 def _deal(order, user, n_groups):
     "Deal rows like cards, user after user, so that no group holds two rows of one user."
     if not len(order): return []
@@ -267,6 +267,17 @@ def training_windows(
     oldest = window == n_windows[user] - 1
     return store.offsets[user] + end - length, length, np.where(oldest, end, stride)
 
+# %% ../../nbs/14_data.sequences.ipynb #batch-of-windows
+def _batch_of_windows(store, windows, window):
+    "Gather windows into a batch with a query at each target."
+    first, length, n_targets = (values[window] for values in windows)
+    item_seq = pad_gather(store.items, first, length)
+    row, column = flat_ranges(length - n_targets, n_targets)
+    arrays = (item_seq, length, store.items[first[row] + column + 1].astype(np.int64),
+              row * item_seq.shape[1] + column, store.user[first])
+    item_seq, item_seq_len, pos_item, positions, user = map(torch.from_numpy, arrays)
+    return Batch(item_seq, item_seq_len, pos_item=pos_item, positions=positions, user=user)
+
 # %% ../../nbs/14_data.sequences.ipynb #position-batches
 def position_batches(
     store: SequenceStore,
@@ -291,17 +302,6 @@ def position_batches(
     groups = [groups[place] for place in rng.permutation(len(groups))]
     return Batches(groups, partial(_batch_of_windows, store, windows))
 
-# %% ../../nbs/14_data.sequences.ipynb #batch-of-windows
-def _batch_of_windows(store, windows, window):
-    "Gather windows into a batch with a query at each target."
-    first, length, n_targets = (values[window] for values in windows)
-    item_seq = pad_gather(store.items, first, length)
-    row, column = flat_ranges(length - n_targets, n_targets)
-    arrays = (item_seq, length, store.items[first[row] + column + 1].astype(np.int64),
-              row * item_seq.shape[1] + column, store.user[first])
-    item_seq, item_seq_len, pos_item, positions, user = map(torch.from_numpy, arrays)
-    return Batch(item_seq, item_seq_len, pos_item=pos_item, positions=positions, user=user)
-
 # %% ../../nbs/14_data.sequences.ipynb #plot-batch
 def plot_batch(
     batch: Batch,
@@ -312,14 +312,17 @@ def plot_batch(
     if ax is None: _, ax = plt.subplots(figsize=(5, 3))
     kind = np.where(batch.item_pad_mask.cpu().numpy(), 0.0, 1.0)
     kind.reshape(-1)[batch.query_index().cpu().numpy()] = 2.0
-    palette = ListedColormap(["#f1f3f6", COLORS["neutral"], COLORS["accent"]])
-    ax.pcolormesh(kind, cmap=palette, vmin=0, vmax=2, edgecolors="white", linewidth=0.6)
+    palette = ListedColormap(["#eceff3", COLORS["neutral"], COLORS["accent"]])
+    rows, columns = map(np.arange, kind.shape)
+    ax.pcolormesh(columns, rows, kind, shading="nearest", cmap=palette, vmin=0, vmax=2,
+                  edgecolors="white", linewidth=0.6)
     ax.invert_yaxis()
     ax.set(title=title, xlabel="position", ylabel="row")
+    for axis in (ax.xaxis, ax.yaxis): axis.get_major_locator().set_params(integer=True)
     ax.grid(False)
     names = ["padding", "item", "item, target asked after it"]
     handles = [Patch(color=palette(value), label=name) for value, name in enumerate(names)]
-    ax.legend(handles=handles, loc="upper right", fontsize=8)
+    ax.legend(handles=handles, loc="upper right", fontsize=8, frameon=True, framealpha=1)
     return ax
 
 # %% ../../nbs/14_data.sequences.ipynb #evaluation-batches
@@ -377,5 +380,5 @@ def plot_padding(
              for name, (batches, width) in ways.items()}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     for ax, values, title in zip(axes, (shares, cells), ("padding, % of all cells", "cells computed per target")):
-        plot_bars(values, colors={"bucketed": COLORS["accent"], "windows": COLORS["accent"]}, title=title, digits=1, ax=ax)
+        plot_bars(values, colors=dict.fromkeys(["bucketed", "windows"], COLORS["accent"]), title=title, digits=1, ax=ax)
     return figure
