@@ -206,7 +206,7 @@ def paired_interval(
     b: Tensor | np.ndarray,  # `[U]` values of the other, the same users in the same order
     n: int = 1000,  # resamples
     seed: int = 0,
-    level: float = 0.95,
+    level: float = 0.95,  # share of the resampled means inside the interval
 ) -> tuple[float, float]:  # low and high end
     "Bound the mean difference `a - b` by resampling users."
     return bootstrap_interval(_paired(a, b), n, seed, level)
