@@ -7,23 +7,28 @@ Docs: https://mmseqrec.github.io/mmseqrec/data.synthetic.html.md"""
 # %% auto #0
 __all__ = ['COLOURS', 'PATTERNS', 'SIZES', 'MOTIFS', 'KINDS', 'MATERIALS', 'OCCASIONS', 'CARES', 'BRANDS', 'VISIBLE', 'HIDDEN',
            'KITCHEN_STENCILS', 'WARDROBE_STENCILS', 'TOY_STENCILS', 'STENCILS', 'VIEWS', 'WORDS', 'SENTENCES',
-           'FILLERS', 'CAPTIONS', 'attribute_values', 'draw_item', 'in_caption_corpus', 'say', 'caption',
-           'make_caption_corpus']
+           'FILLERS', 'CAPTIONS', 'FAVOURITES', 'NOUNS', 'PLAIN', 'REASONS', 'attribute_values', 'draw_item',
+           'in_caption_corpus', 'say', 'caption', 'make_caption_corpus', 'plant_interests', 'write_listing',
+           'Behaviour', 'Truth', 'Marketplace', 'make_marketplace', 'plot_items', 'plot_popularity', 'plot_history',
+           'gini', 'dataset_statistics', 'simple_features', 'perfect_features', 'real_statistics']
 
 # %% ../../nbs/10_data.synthetic.ipynb #imports
 import re
+import textwrap
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import polars as pl
 from PIL import Image, ImageChops, ImageDraw
 from tqdm.auto import tqdm
 
-from ..artifacts import atomic_path
+from ..artifacts import artifact_path, read_json
 from ..core import derive_seed
+from ..figures import COLORS, plot_images, plot_lines, set_style
 
 # %% ../../nbs/10_data.synthetic.ipynb #attribute-values
 COLOURS = {"red": (208, 43, 46), "orange": (240, 132, 32), "yellow": (247, 209, 60), "green": (64, 150, 68),
@@ -38,7 +43,7 @@ KINDS = {"kitchen": ("mug", "plate", "kettle", "teapot", "jar", "bowl", "choppin
                   "spinning top")}
 MATERIALS = {"kitchen": ("ceramic", "wood", "metal", "glass"), "wardrobe": ("cotton", "wool", "denim", "leather"),
              "toys": ("wood", "metal", "plastic", "wool")}
-OCCASIONS = ("birthday", "picnic", "holiday", "weekend", "rainy day", "festival", "school", "camping")
+OCCASIONS = ("birthday", "picnic", "holiday", "weekend", "rainy day", "festival", "school day", "camping trip")
 CARES = ("hand wash", "machine wash", "wipe down", "air dry")
 BRANDS = {"kitchen": ("Tavola", "Brightwell", "Nordhem", "Pavo", "Kilnside", "Ostara"),
           "wardrobe": ("Linnea", "Marlow", "Veststad", "Pavo", "Corrigan", "Ostara"),
@@ -124,8 +129,9 @@ TOY_STENCILS = {
                    "te 38 30 62 50", "le 47 33 53 37", "le 37 23 41 27", "le 59 23 63 27", "m 50 72 14"],
     "drum": ["bp 12 32 88 32 88 80 12 80", "bc 12 66 88 94 0 180", "te 12 18 88 46", "tr 12 76 88 84 2",
              "xe 18 22 82 42", "ll 30 4 54 30 3", "ll 76 4 56 32 3", "m 50 62 15"],
-    "spinning top": ["tr 45 4 55 30 3", "tr 38 2 62 9 3", "bs 46 22 54 22 86 38 92 50 78 66 56 90 44 90 22 66 8 50 14 38",
-                     "tp 44 86 56 86 50 99", "tp 9 46 91 46 90 55 10 55", "m 50 68 12"]}
+    "spinning top": ["tr 45 4 55 30 3", "tr 38 2 62 9 3", 
+                     "bs 46 22 54 22 86 38 92 50 78 66 56 90 44 90 22 66 8 50 14 38", "tp 44 86 56 86 50 99",
+                     "tp 9 46 91 46 90 55 10 55", "m 50 68 12"]}
 STENCILS = KITCHEN_STENCILS | WARDROBE_STENCILS | TOY_STENCILS
 
 # %% ../../nbs/10_data.synthetic.ipynb #stencil-draw
@@ -176,8 +182,8 @@ def _pattern(name: str) -> Image.Image:
 
 # %% ../../nbs/10_data.synthetic.ipynb #texture-masks
 @lru_cache(maxsize=None)
-def _texture(material: str, zoom: float = 1.0) -> tuple[Image.Image, Image.Image]:
-    "Draw a material's darkening (multiplied) and lightening (screened) layers."
+def _texture(material: str, zoom: float = 1.0) -> tuple[Image.Image, Image.Image | None]:
+    "Draw a material's darkening (multiplied) and lightening (screened, None if it has none) layers."
     y, x = np.mgrid[0:_SHEET, 0:_SHEET] * (100 / _SHEET)
     cx, cy = (x - 50) / zoom + 50, (y - 50) / zoom + 50  # a close-up enlarges the texture too
     bump = lambda a, b, s: np.exp(-((a - b) / s) ** 2)
@@ -193,13 +199,15 @@ def _texture(material: str, zoom: float = 1.0) -> tuple[Image.Image, Image.Image
         case "glass": light = 0.30 + 0.7 * bump(x + 0.35 * y, 62, 3.5) + 0.5 * bump(x + 0.35 * y, 74, 1.8)
         case "plastic": light = 0.65 * ((np.abs(x - 36) < 5) & (np.abs(y - 40) < 7)) + 0.12; dark = 1 - 0.15 * (y > 62)
         case "cotton": dark = 1 - 0.07 * ((cx % 3 < 1) | (cy % 3 < 1))
-        case "wool": dark = 0.66 + 0.34 * np.clip(1.4 * np.abs(np.sin(np.pi * (cy + 2.4 * np.abs(cx % 7 - 3.5)) / 6)), 0, 1)
+        case "wool":
+            stitches = np.abs(np.sin(np.pi * (cy + 2.4 * np.abs(cx % 7 - 3.5)) / 6))
+            dark = 0.66 + 0.34 * np.clip(1.4 * stitches, 0, 1)
         case "denim": dark = 0.72 + 0.28 * ((cx + 1.6 * cy) % 4 < 2.4); light = 0.10 * ((cx - cy) % 9 < 1.5)
         case "leather":
             spots = np.sin(cx * 1.9 + 3 * np.sin(cy / 3)) * np.sin(cy * 1.7 + 3 * np.sin(cx / 4))
             dark = 0.80 + 0.14 * (spots > -0.45); light = 0.28 * bump(np.hypot(x - 40, y - 36), 0, 20)
     grey = lambda a: Image.fromarray((np.clip(a, 0, 1) * 255).astype(np.uint8)).convert("RGB")
-    return grey(dark), grey(light)
+    return grey(dark), grey(light) if np.any(light) else None
 
 # %% ../../nbs/10_data.synthetic.ipynb #motif-masks
 @lru_cache(maxsize=None)
@@ -215,16 +223,19 @@ def _motif(name: str, size: int) -> Image.Image:
         case "leaf":
             t = np.linspace(0, 1, 20); w = 56 * np.sin(np.pi * t) ** 0.8
             side = lambda s: [(62 + 120 * a + s * b * 0.7, 178 - 120 * a + s * b * 0.7) for a, b in zip(t, w)]
-            pen.polygon(side(1) + side(-1)[::-1], ink); pen.line([(44, 196), (160, 80)], hole, 9); pen.line([(40, 200), (70, 170)], ink, 12)
+            pen.polygon(side(1) + side(-1)[::-1], ink)
+            pen.line([(44, 196), (160, 80)], hole, 9); pen.line([(40, 200), (70, 170)], ink, 12)
         case "fish":
-            pen.ellipse((34, 74, 166, 166), ink); pen.polygon([(148, 120), (212, 70), (212, 170)], ink); circle(70, 108, 11, hole)
+            pen.ellipse((34, 74, 166, 166), ink); circle(70, 108, 11, hole)
+            pen.polygon([(148, 120), (212, 70), (212, 170)], ink)
         case "moon": circle(112, 120, 84); circle(150, 104, 70, hole)
         case "flower":
             for a in np.arange(6) * np.pi / 3: circle(120 + 56 * np.sin(a), 120 - 56 * np.cos(a), 33)
             circle(120, 120, 22, hole)
         case "tree":
             pen.rectangle((106, 160, 134, 216), ink)
-            for top, half, foot in ((22, 44, 88), (58, 58, 132), (96, 74, 178)): pen.polygon([(120, top), (120 - half, foot), (120 + half, foot)], ink)
+            for top, half, foot in ((22, 44, 88), (58, 58, 132), (96, 74, 178)):
+                pen.polygon([(120, top), (120 - half, foot), (120 + half, foot)], ink)
         case "cat":
             pen.polygon([(48, 36), (104, 74), (52, 120)], ink); pen.polygon([(192, 36), (136, 74), (188, 120)], ink)
             pen.ellipse((44, 62, 196, 202), ink); circle(90, 122, 13, hole); circle(150, 122, 13, hole)
@@ -250,17 +261,20 @@ def _scene(domain: str, view: str, backdrop: int) -> Image.Image:
         pen.rectangle((0, 160, _SHEET, _SHEET), (176, 150, 130)); pen.rectangle((8, 14, 184, 20), (120, 104, 92))
         for x in (22, 170): pen.rectangle((x - 3, 14, x + 3, 170), (120, 104, 92))
     elif view == "in use":
-        pen.rectangle((0, 132, _SHEET, _SHEET), (186, 206, 170)); pen.ellipse((18, 140, 174, 190), (228, 208, 176), (204, 180, 146), 4)
-        for x, c in ((14, (214, 120, 110)), (44, (116, 150, 204)), (152, (232, 196, 100))): pen.rectangle((x, 112, x + 24, 134), c)
+        pen.rectangle((0, 132, _SHEET, _SHEET), (186, 206, 170))
+        pen.ellipse((18, 140, 174, 190), (228, 208, 176), (204, 180, 146), 4)
+        for x, c in ((14, (214, 120, 110)), (44, (116, 150, 204)), (152, (232, 196, 100))):
+            pen.rectangle((x, 112, x + 24, 134), c)
     return image
 
 # %% ../../nbs/10_data.synthetic.ipynb #draw-helpers
-def _place(view: str, size: str, domain: str, variant: int, spot: tuple) -> tuple[float, float, float, float, float]:
-    "Choose scale, angle and where the sheet's point (px, py) lands: (scale, angle, cx, cy) and returns the zoom too."
+def _place(view: str, size: str, variant: int, spot: tuple) -> tuple[float, float, float, float, float]:
+    "Choose scale, angle, the point where the sheet's centre lands (cx, cy in units), and the texture's zoom."
     pick = np.random.default_rng([variant, VIEWS.index(view)]).random(4)
     scale = {"small": 0.62, "medium": 0.78, "large": 0.94}[size] * (0.97 + 0.06 * pick[0])
     dx, dy = (pick[1] - 0.5) * 6, (pick[2] - 0.5) * 4
-    if view == "tilted": return scale * 0.92, (1 if pick[3] < 0.5 else -1) * (0.2 + 0.35 * pick[0]), 50 + dx, 50 + dy, 1.0
+    if view == "tilted":
+        return scale * 0.92, (1 if pick[3] < 0.5 else -1) * (0.2 + 0.35 * pick[0]), 50 + dx, 50 + dy, 1.0
     if view == "close-up": return 1.7, 0.0, 50 + (50 - spot[0]) * 1.2 + dx, 50 + (50 - spot[1]) * 1.2 + dy, 1.7
     if view == "in use": return scale * 0.8, 0.0, 50 + dx, 88 - 50 * scale * 0.8 - dy / 2, 1.0
     return scale, 0.0, 50 + dx, 94 - 50 * scale + dy / 2 - 2, 1.0
@@ -278,22 +292,23 @@ def draw_item(attributes: dict,       # `VISIBLE` attribute → value, and "doma
     "Draw one picture of an item."
     a = attributes; main, accent = COLOURS[a["colour"]], COLOURS[a["accent"]]
     stencil, spot = _stencil(a["kind"])
-    scale, angle, cx, cy, zoom = _place(view, a["size"], a["domain"], variant, spot)
+    scale, angle, cx, cy, zoom = _place(view, a["size"], variant, spot)
     unit = _SHEET / 100; cos, sin = np.cos(angle) / scale, np.sin(angle) / scale  # inverse map: picture → sheet
     inverse = (cos, sin, (50 - cos * cx - sin * cy) * unit, -sin, cos, (50 + sin * cx - cos * cy) * unit)
     layers = Image.merge("CMYK", (*stencil.split(), _pattern(a["pattern"])))
     body, trim, line, pattern = layers.transform((_SHEET, _SHEET), Image.Transform.AFFINE, inverse,
                                                  Image.Resampling.BILINEAR).split()
     surface = Image.new("RGB", (_SHEET, _SHEET), main)
-    surface.paste(accent, mask=pattern); surface.paste(accent, mask=trim)
+    surface.paste(accent, mask=ImageChops.lighter(pattern, trim))
     dark, light = _texture(a["material"], zoom)
-    surface = ImageChops.screen(ImageChops.multiply(surface, dark), light)
+    surface = ImageChops.multiply(surface, dark)
+    if light is not None: surface = ImageChops.screen(surface, light)
     inside = ImageChops.add(body, trim)
     if a["material"] == "glass": inside = inside.point(lambda v: int(v * 0.66))
     picture = _scene(a["domain"], view, variant % len(_BACKDROPS)).copy()
     if view in ("front", "in use"):
-        foot = (cy + 46 * scale) * unit
-        ImageDraw.Draw(picture).ellipse(((cx - 40 * scale) * unit, foot - 8, (cx + 40 * scale) * unit, foot + 8), (150, 146, 144))
+        foot, left, right = (cy + 46 * scale) * unit, (cx - 40 * scale) * unit, (cx + 40 * scale) * unit
+        ImageDraw.Draw(picture).ellipse((left, foot - 8, right, foot + 8), (150, 146, 144))
     picture.paste(surface, mask=inside); picture.paste(_ink(main, 0.45), mask=line)
     if a["motif"] != "none":
         x, y, radius = (spot[0] - 50) * scale, (spot[1] - 50) * scale, spot[2] * scale
@@ -370,7 +385,7 @@ SENTENCES = {
     "occasion": ("Perfect for a {}.", "Many buy it for a {}.", "It was thought up for a {}."),
     "care": ("Care: {}.", "To clean, {}.", "We advise you to {}.")}
 FILLERS = ("It arrives gift wrapped.", "Our customers keep coming back for it.", "Returns are free for thirty days.",
-           "Each one is checked by hand before it leaves us.".replace("checked", "looked over"),
+           "Each one is looked over by hand before it leaves us.",
            "It ships within two days.", "New this season.", "We think you will keep it for years.")
 
 def _with_article(text: str) -> str:
@@ -432,3 +447,502 @@ def make_caption_corpus(n: int,                  # pictures
                 images[row] = np.asarray(draw_item(look, view, int(rng.integers(1 << 30)), image_size))
                 captions[row] = caption(look, view, rng); bar.update()
     return images, captions
+
+# %% ../../nbs/10_data.synthetic.ipynb #plant-interests
+FAVOURITES = {"kind": 4, "colour": 2, "accent": 2, "pattern": 2, "material": 2, "motif": 2, "brand": 2, "occasion": 2}
+
+def plant_interests(domain: str,             # "kitchen", "wardrobe" or "toys"
+                    n_interests: int = 8,    # C, interests of the domain
+                    seed: int = 0,           # the marketplace's seed
+                    purity: float = 0.9,     # part of the probability on the favourites, 0 to 1
+                    ) -> dict[str, np.ndarray]:  # attribute → probabilities `[C, values]`, rows sum to 1
+    "Draw each interest's favourite values of each attribute."
+    probabilities = {}
+    for a in VISIBLE + HIDDEN:
+        own = (domain,) if a in ("kind", "material", "brand") else ()
+        rng = np.random.default_rng(derive_seed(seed, "interests", a, *own))
+        n_values = len(attribute_values(domain, a)); n = FAVOURITES.get(a, n_values)
+        favourites = np.argsort(rng.random((n_interests, n_values)), axis=1)[:, :n]
+        p = np.full((n_interests, n_values), (1 - purity) / n_values)
+        np.put_along_axis(p, favourites, p[0, 0] + purity / n, axis=1)
+        probabilities[a] = p
+    return probabilities
+
+# %% ../../nbs/10_data.synthetic.ipynb #make-items
+def _make_items(domain: str, n_items: int, probabilities: dict, rng: np.random.Generator) -> tuple:
+    "Draw value numbers `[V, 10]` of the items and the interest `[V]` each was made for."
+    made_for = rng.integers(0, len(probabilities["kind"]), n_items)
+    visible = _draw_codes(domain, [probabilities[a][made_for] for a in VISIBLE], n_items, False, rng)
+    hidden = [(rng.random((n_items, 1)) >= np.cumsum(probabilities[a][made_for], 1)[:, :-1]).sum(1) for a in HIDDEN]
+    return np.column_stack([visible, *hidden]), made_for
+
+def _fit(codes: np.ndarray, probabilities: dict) -> np.ndarray:
+    "Compute fit `[C, V]` of items to interests."
+    return sum(np.log(p.shape[1] * p)[:, codes[:, column]]
+               for column, p in enumerate(probabilities[a] for a in VISIBLE + HIDDEN))
+
+# %% ../../nbs/10_data.synthetic.ipynb #title
+NOUNS = {"kitchen": "kitchen piece", "wardrobe": "wardrobe piece", "toys": "toy"}  # where the kind is left out
+
+def _title(domain: str, words: dict) -> str:
+    "Join the words that a title names."
+    front = [words[a] for a in ("brand", "size", "pattern", "colour", "material") if a in words]
+    extras = [words[a] + end for a, end in (("motif", " motif"), ("accent", " trim")) if a in words]
+    name = " ".join(front + [words.get("kind", NOUNS[domain])])
+    return name[:1].upper() + name[1:] + (" with " + " and ".join(extras) if extras else "")
+
+# %% ../../nbs/10_data.synthetic.ipynb #listing
+PLAIN = 0.7  # how often a listing uses the plainest word
+
+def write_listing(attributes: dict,          # attribute → value, and "domain"
+                  named: list[str],          # attributes the listing names; the others occur nowhere in it
+                  rng: np.random.Generator,  # chooses places, words and sentences
+                  description: bool = True,  # False: the listing has none
+                  ) -> tuple[str, str | None, str]:  # title, description (None where missing), details
+    "Write an item's listing: two to eight sentences, the title counted as one."
+    named = [a for a in named if attributes[a] != "none"]
+    place, pick = rng.random(len(named)), rng.integers(0, 12, (len(named), 2))
+    pick[:, 0] = rng.random(len(named)) >= PLAIN  # the plainest word, or the other one
+    in_title = [a for a, p in zip(named, place) if p < 0.5 and a not in ("occasion", "care")]
+    for a in named:  # at most five sentences beside the title and the two friendly ones
+        if len(named) - len(in_title) > 5 and a not in in_title and a in VISIBLE: in_title.append(a)
+    words = {a: WORDS[a][attributes[a]][k % len(WORDS[a][attributes[a]])] if a in WORDS else attributes[a]
+             for a, (k, _) in zip(named, pick) if a in in_title}
+    sentences = ([], [])
+    for a, p, (word, sentence) in zip(named, place, pick):
+        if a in in_title: continue
+        sentences[0 if description and p < 0.8 else 1].append(say(a, attributes[a], word, sentence))
+    for part, filler in zip(sentences, rng.choice(len(FILLERS), 2, replace=False)):
+        if not part or rng.random() < 0.3: part.insert(int(rng.integers(len(part) + 1)), FILLERS[filler])
+    title = _title(attributes["domain"], words)
+    return title, " ".join(sentences[0]) if description else None, " ".join(sentences[1])
+
+# %% ../../nbs/10_data.synthetic.ipynb #behaviour
+@dataclass(frozen=True)
+class Behaviour:
+    "Numbers that describe the customers of a marketplace; the defaults were fixed from real data's statistics."
+    mean_events: float = 8.5       # mean events of a customer, more than 5 (which is the least)
+    max_events: int = 50           # most events of a customer
+    interests_per_user: int = 3    # Q, interests a customer holds
+    session_length: float = 3.5    # mean events of a session
+    drift: float = 0.6             # 0: interests keep their weights; 1: they end with other weights altogether
+    follow: float = 0.18           # probability that an event goes with the previous one of the session
+    repeat: float = 0.02           # probability that an event repeats an earlier one
+    explore: float = 0.12          # probability that an event ignores the interest
+    taste: int = 4                 # items compared by private taste
+    devotion: float = 0.8          # beta, how much the fit to the interest counts
+    enough: float = 4.0            # a fit above this counts as this: well suited is well suited
+    popularity: float = 0.65       # exponent of the popularity's power law
+
+# %% ../../nbs/10_data.synthetic.ipynb #shelves
+def _shelves(weights: np.ndarray) -> np.ndarray:
+    "Stack cumulative probabilities of `[C, V]` weights into one increasing row `[C * V]`."
+    cumulative = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
+    cumulative[:, -1] = 1.0
+    return (cumulative + np.arange(len(weights))[:, None]).ravel()
+
+def _draw(shelves: np.ndarray, shelf: np.ndarray, n_items: int, n: int, rng: np.random.Generator) -> np.ndarray:
+    "Draw `[rows, n]` items, row r from shelf `shelf[r]`."
+    where = np.searchsorted(shelves, shelf[:, None] + rng.random((len(shelf), n)), side="right")
+    return np.minimum(where - shelf[:, None] * n_items, n_items - 1).astype(np.int32)
+
+# %% ../../nbs/10_data.synthetic.ipynb #companions
+def _companions(codes: np.ndarray, made_for: np.ndarray, shelves: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    "Choose eight items `[V, 8]` that go with each item."
+    n_items = len(codes); found = np.empty((n_items, 8), dtype=np.int32)
+    for start in range(0, n_items, 50_000):
+        rows = np.arange(start, min(start + 50_000, n_items))
+        near = _draw(shelves, made_for[rows], n_items, 40, rng)
+        score = sum((codes[near, VISIBLE.index(a)] == codes[rows, VISIBLE.index(a)][:, None]).astype(np.float32)
+                    for a in ("colour", "accent", "pattern", "motif"))
+        score -= 2.0 * (codes[near, 0] == codes[rows, 0][:, None]) + 9.0 * (near == rows[:, None])
+        same = np.sort(near, axis=1); order = np.argsort(near, axis=1, kind="stable")
+        twice = np.zeros_like(near, dtype=bool)
+        np.put_along_axis(twice, order[:, 1:], same[:, 1:] == same[:, :-1], axis=1)
+        best = np.argsort(-(score - 20.0 * twice), axis=1, kind="stable")[:, :8]
+        found[rows] = np.take_along_axis(near, best, axis=1)
+    return found
+
+# %% ../../nbs/10_data.synthetic.ipynb #crowd
+_BLOCK = 20_000
+
+def _crowd(n: int, n_interests: int, values: list[int], b: Behaviour, rng: np.random.Generator) -> dict:
+    "Draw what n customers are like: number of events, interests held, first and last weights, private taste."
+    extra = rng.geometric(1 / (b.mean_events - 4), n) - 1
+    held = min(b.interests_per_user, n_interests)
+    weights = rng.dirichlet(np.ones(held), (2, n))
+    return {"n_events": 5 + np.minimum(extra, b.max_events - 5),
+            "interests": np.argsort(rng.random((n, n_interests)), axis=1)[:, :held].astype(np.int32),
+            "first": weights[0], "last": (1 - b.drift) * weights[0] + b.drift * weights[1],
+            "taste": rng.integers(0, values, (n, len(values)), dtype=np.int32),
+            "start": rng.integers(1_640_995_200, 1_704_067_200, n)}  # 2022 and 2023, Unix seconds
+
+# %% ../../nbs/10_data.synthetic.ipynb #choose
+REASONS = ("interest", "follow", "repeat", "explore")
+
+def _choose(shop: dict, taste: np.ndarray, shelf: np.ndarray, history: np.ndarray, follows: np.ndarray,
+            b: Behaviour, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    "Choose an item for each row given its history `[rows, t]`; return items and numbers of their `REASONS`."
+    rows, t = np.arange(len(shelf)), history.shape[1]; chance = rng.random((len(shelf), 4))
+    explores = chance[:, 0] < b.explore
+    near = _draw(shop["shelves"], np.where(explores, shop["n_shelves"] - 1, shelf), shop["n_items"], b.taste, rng)
+    liked = (shop["codes"][near] == taste[:, None]).sum(-1) * ~explores[:, None]
+    seen = (near[:, :, None] == history[:, None]).any(-1)
+    item, reason = near[rows, np.argmax(liked - 100 * seen, axis=1)], np.where(explores, 3, 0)
+    if t == 0: return item, reason
+    rank = np.searchsorted(shop["rank_shares"], chance[:, 1])
+    companion = shop["companions"][history[:, -1], rank]
+    follow = follows & (chance[:, 2] < b.follow) & ~(companion[:, None] == history).any(1)
+    item, reason = np.where(follow, companion, item), np.where(follow, 1, reason)
+    repeat = chance[:, 3] < b.repeat
+    earlier = history[rows, (rng.random(len(rows)) * t).astype(int)]
+    return np.where(repeat, earlier, item), np.where(repeat, 2, reason)
+
+# %% ../../nbs/10_data.synthetic.ipynb #shop
+def _shop(shop: dict, crowd: dict, b: Behaviour, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    "Let a crowd shop; return flat columns in customer order: user, item, timestamp, interest, session, reason."
+    n_events = crowd["n_events"]; n = len(n_events); longest = int(n_events.max())
+    order = np.argsort(-n_events, kind="stable")  # at each step the customers still there are the first of this order
+    columns = {c: np.zeros((n, longest), dtype=np.int64 if c == "timestamp" else np.int32)
+               for c in ("item", "timestamp", "interest", "session", "reason")}
+    interest, session, clock = np.zeros(n, np.int32), np.full(n, -1, np.int32), crowd["start"].astype(np.int64)
+    for t in range(longest):
+        who = order[:np.count_nonzero(n_events > t)]
+        fresh = (rng.random(len(who)) < 1 / b.session_length) | (t == 0)
+        age = (t / n_events[who])[:, None]
+        weights = np.cumsum((1 - age) * crowd["first"][who] + age * crowd["last"][who], axis=1)
+        turn = np.minimum((rng.random((len(who), 1)) >= weights).sum(1), weights.shape[1] - 1)
+        interest[who] = np.where(fresh, crowd["interests"][who, turn], interest[who])
+        session[who] += fresh
+        pause = np.where(fresh, rng.exponential(10 * 86_400, len(who)), 15 + rng.exponential(240, len(who)))
+        clock[who] += (pause * (t > 0)).astype(np.int64)
+        item, reason = _choose(shop, crowd["taste"][who], interest[who], columns["item"][who, :t], ~fresh, b, rng)
+        for name, value in (("item", item), ("timestamp", clock[who]), ("interest", interest[who]),
+                            ("session", session[who]), ("reason", reason)): columns[name][who, t] = value
+    there = np.arange(longest) < n_events[:, None]
+    return {"user": np.repeat(np.arange(n), n_events)} | {name: value[there] for name, value in columns.items()}
+
+# %% ../../nbs/10_data.synthetic.ipynb #truth
+@dataclass(frozen=True)
+class Truth:
+    "What was planted; for teaching and measuring only."
+    attributes: pl.DataFrame  # one row an item: all attributes, `named` (in its text), views, made_for, companions
+    events: pl.DataFrame      # rows aligned with `Marketplace.interactions`: interest, session, reason
+    users: pl.DataFrame       # one row a customer: user_id, domain, interests, first_weights, last_weights
+    interests: pl.DataFrame   # one row a domain and interest: the favourite values of each attribute
+
+# %% ../../nbs/10_data.synthetic.ipynb #marketplace-class
+@dataclass(frozen=True)
+class Marketplace:
+    "Hold the tables of one or several shops; pictures are drawn when they are asked for."
+    interactions: pl.DataFrame  # user_id, item_id, timestamp (Unix seconds), by customer and time
+    items: pl.DataFrame         # item_id, domain, title, description, details, images (file names)
+    truth: Truth                # what was planted, never shown to a model
+    seed: int                   # the seed it was made from
+    image_size: int = 96        # side of a picture in pixels
+    _rows: dict = field(default_factory=dict, repr=False, compare=False)  # item_id → row of truth.attributes
+
+    @property
+    def domains(self) -> list[str]:  # in the order they were asked for
+        "List the domains."
+        return self.items["domain"].unique(maintain_order=True).to_list()
+
+    def domain(self, name: str,      # one of `domains`
+               ) -> "Marketplace":   # that shop alone
+        "Restrict the marketplace to one shop."
+        if name not in self.domains: raise ValueError(f"no domain {name!r} here: choose from {', '.join(self.domains)}")
+        keep = pl.col("domain") == name; t = self.truth
+        mine = self.interactions["item_id"].is_in(self.items.filter(keep)["item_id"].implode())
+        truth = Truth(t.attributes.filter(keep), t.events.filter(mine), t.users.filter(keep), t.interests.filter(keep))
+        return Marketplace(self.interactions.filter(mine), self.items.filter(keep), truth, self.seed, self.image_size)
+
+    def draw(self, file_name: str,   # such as "kitchen-0012_0.png", from the `images` column
+             ) -> Image.Image:       # RGB
+        "Draw one picture; raises KeyError for a picture no item has."
+        return _draw_file(self, file_name)
+
+    def write(self, folder: str | Path,     # must not exist, or be empty, unless `overwrite`
+              *, overwrite: bool = False,   # replace the folder with all that is in it
+              progress: bool = True,        # show a bar while drawing
+              ) -> dict[str, Path]:         # paths of "interactions", "items", "images"
+        "Write interactions.csv, items.jsonl and images/*.png, all of them or nothing; never the truth."
+        return _write_folder(self, Path(folder), overwrite, progress)
+
+# %% ../../nbs/10_data.synthetic.ipynb #draw-and-write
+def _draw_file(market: Marketplace, file_name: str) -> Image.Image:
+    "Draw the picture called `file_name`."
+    if not market._rows: market._rows.update((t, row) for row, t in enumerate(market.truth.attributes["item_id"]))
+    token, _, number = file_name.removesuffix(".png").rpartition("_")
+    row = market._rows.get(token); item = None if row is None else market.truth.attributes.row(row, named=True)
+    if item is None or not number.isdigit() or int(number) >= len(item["views"]):
+        raise KeyError(f"no item has the picture {file_name!r}: take a name from the items' images column")
+    variant = derive_seed(market.seed, "picture", token, number) % (1 << 30)
+    return draw_item(item, item["views"][int(number)], variant, market.image_size)
+
+def _write_folder(market: Marketplace, folder: Path, overwrite: bool, progress: bool) -> dict[str, Path]:
+    "Write everything beside `folder`, then rename."
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise FileExistsError(f"{folder} exists and is not empty: choose another folder or pass overwrite=True")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        new = Path(scratch) / "new"; (new / "images").mkdir(parents=True)
+        market.interactions.write_csv(new / "interactions.csv")
+        market.items.write_ndjson(new / "items.jsonl")
+        names = [name for many in market.items["images"].to_list() for name in many]
+        for name in tqdm(names, disable=not progress, desc="pictures"):
+            market.draw(name).save(new / "images" / name, compress_level=1)
+        if folder.exists(): folder.rename(Path(scratch) / "old")
+        new.rename(folder)
+    return {"interactions": folder / "interactions.csv", "items": folder / "items.jsonl", "images": folder / "images"}
+
+# %% ../../nbs/10_data.synthetic.ipynb #items-table
+def _items_table(domain: str, codes: np.ndarray, seed: int, omit: float, missing_image: float,
+                 missing_description: float, max_images: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    "Write the items' public table and the table of their attributes."
+    rng = np.random.default_rng(derive_seed(seed, "listings", domain)); n = len(codes)
+    attributes = VISIBLE + HIDDEN; named = rng.random(codes.shape) >= omit
+    named[:, len(VISIBLE):] = True  # brand, occasion and care are always said
+    n_images = rng.integers(1, max_images + 1, n) * (rng.random(n) >= missing_image)
+    others = np.argsort(rng.random((n, len(VIEWS) - 1)), axis=1) + 1
+    described = rng.random(n) >= missing_description
+    values = [attribute_values(domain, a) for a in attributes]; width = max(4, len(str(n - 1)))
+    public, hidden = [], []
+    for row, code in enumerate(codes.tolist()):
+        item = {a: values[column][c] for column, (a, c) in enumerate(zip(attributes, code))}
+        said = [a for a, yes in zip(attributes, named[row]) if yes and item[a] != "none"]
+        title, description, details = write_listing(item | {"domain": domain}, said, rng, bool(described[row]))
+        token = f"{domain}-{row:0{width}d}"
+        views = [VIEWS[v] for v in (0, *others[row])][:n_images[row]]
+        public.append((token, domain, title, description, details, [f"{token}_{k}.png" for k in range(len(views))]))
+        hidden.append((token, domain, *item.values(), said, views))
+    text, many = pl.String, pl.List(pl.String)
+    schema = dict(item_id=text, domain=text, title=text, description=text, details=text, images=many)
+    truth = dict(item_id=text, domain=text) | {a: text for a in attributes} | dict(named=many, views=many)
+    return pl.DataFrame(public, schema, orient="row"), pl.DataFrame(hidden, truth, orient="row")
+
+# %% ../../nbs/10_data.synthetic.ipynb #make-domain
+def _open_shop(domain: str, n_items: int, n_interests: int, purity: float, seed: int, b: Behaviour) -> tuple:
+    "Make a shop's items, shelves and companions: (shop, interest probabilities, made_for)."
+    rng = np.random.default_rng(derive_seed(seed, "items", domain))
+    probabilities = plant_interests(domain, n_interests, seed, purity)
+    codes, made_for = _make_items(domain, n_items, probabilities, rng)
+    popularity = (1.0 + rng.permutation(n_items)) ** -b.popularity
+    weights = popularity * np.exp(b.devotion * np.minimum(_fit(codes, probabilities), b.enough))
+    shelves = _shelves(np.vstack([weights, popularity]))  # the last shelf is the whole shop by popularity
+    shop = {"shelves": shelves, "n_shelves": n_interests + 1, "n_items": n_items,
+            "codes": codes[:, :5].astype(np.int32),  # private taste looks at the first five attributes
+            "rank_shares": np.cumsum(1 / np.arange(1, 9))[:-1] / np.sum(1 / np.arange(1, 9)),
+            "companions": _companions(codes, made_for, shelves, rng)}
+    return codes, shop, probabilities, made_for
+
+def _fill_shop(domain: str, shop: dict, n_users: int, n_interests: int, seed: int, b: Behaviour) -> tuple:
+    "Let all customers of a shop come, block by block: (event columns, customer columns)."
+    events, users = [], []; values = [len(attribute_values(domain, a)) for a in VISIBLE[:5]]
+    for start in range(0, n_users, _BLOCK):
+        rng = np.random.default_rng(derive_seed(seed, "customers", domain, start))
+        users.append(_crowd(min(_BLOCK, n_users - start), n_interests, values, b, rng))
+        events.append(_shop(shop, users[-1], b, rng)); events[-1]["user"] += start
+    join = lambda blocks: {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return join(events), join([{k: u[k] for k in ("interests", "first", "last")} for u in users])
+
+# %% ../../nbs/10_data.synthetic.ipynb #shop-tables
+def _tokens(domain: str, numbers: np.ndarray, n: int, letter: str = "") -> pl.Series:
+    "Name customers or items by number, such as 'toys-u0042'."
+    width = max(4, len(str(n - 1)))
+    digits = pl.Series(np.arange(n)).cast(pl.String).str.zfill(width)
+    return (f"{domain}-{letter}" + digits).gather(numbers)
+
+def _shop_tables(domain: str, n_users: int, n_items: int, n_interests: int, purity: float, seed: int, b: Behaviour,
+                 listing: dict) -> tuple[pl.DataFrame, ...]:
+    "Make one shop's six tables."
+    codes, shop, probabilities, made_for = _open_shop(domain, n_items, n_interests, purity, seed, b)
+    items, attributes = _items_table(domain, codes, seed, **listing)
+    companions = _tokens(domain, shop["companions"].ravel(), n_items).reshape((n_items, 8)).arr.to_list()
+    attributes = attributes.with_columns(made_for=pl.Series(made_for), companions=companions)
+    events, users = _fill_shop(domain, shop, n_users, n_interests, seed, b)
+    interactions = pl.DataFrame({"user_id": _tokens(domain, events["user"], n_users, "u"),
+                                 "item_id": _tokens(domain, events["item"], n_items), "timestamp": events["timestamp"]})
+    causes = pl.DataFrame({"interest": events["interest"], "session": events["session"],
+                           "reason": pl.Series(REASONS, dtype=pl.String).gather(events["reason"])})
+    lists = {"interests": users["interests"], "first_weights": users["first"], "last_weights": users["last"]}
+    people = pl.DataFrame({"user_id": _tokens(domain, np.arange(n_users), n_users, "u"), "domain": [domain] * n_users}
+                          | {name: pl.Series(rows).arr.to_list() for name, rows in lists.items()})
+    best = lambda row, n: np.argsort(-row, kind="stable")[:n]
+    liked = {a: [[attribute_values(domain, a)[v] for v in best(row, n)] for row in probabilities[a]]
+             for a, n in FAVOURITES.items()}
+    interests = pl.DataFrame({"domain": [domain] * n_interests, "interest": range(n_interests)} | liked)
+    return interactions, items, attributes, causes, people, interests
+
+# %% ../../nbs/10_data.synthetic.ipynb #make-marketplace
+def make_marketplace(domains: tuple[str, ...] = ("kitchen", "wardrobe", "toys"),
+                     n_users: int = 3000,          # customers of each domain, at least 1
+                     n_items: int = 500,           # items of each domain, at least 8
+                     seed: int = 0,                # any whole number; the same seed gives the same marketplace
+                     *, n_interests: int = 8,      # C, planted interests of each domain
+                     purity: float = 0.9,          # how much of an interest lies on its favourites, 0 to 1
+                     omit: float = 0.3,            # probability that a listing leaves a visible attribute out
+                     missing_image: float = 0.05,  # share of items without a picture
+                     missing_description: float = 0.1,  # share of items without a description
+                     max_images: int = 4,          # most pictures of an item, 1 to 4
+                     image_size: int = 96,         # side of a picture in pixels
+                     behaviour: Behaviour = Behaviour(),  # how customers behave
+                     ) -> Marketplace:
+    "Make shops, listings and customers; raises ValueError for sizes that make no shop."
+    domains = (domains,) if isinstance(domains, str) else tuple(domains)
+    for domain in domains: attribute_values(domain, "kind")
+    if n_users < 1 or n_items < 8 or not 1 <= max_images <= 4 or n_interests < 1:
+        raise ValueError("a marketplace needs n_users >= 1, n_items >= 8, n_interests >= 1 and max_images from 1 to 4; "
+                         f"got {n_users}, {n_items}, {n_interests} and {max_images}")
+    listing = dict(omit=omit, missing_image=missing_image, missing_description=missing_description,
+                   max_images=max_images)
+    tables = [_shop_tables(d, n_users, n_items, n_interests, purity, seed, behaviour, listing) for d in domains]
+    interactions, items, attributes, events, users, interests = (pl.concat(parts) for parts in zip(*tables))
+    return Marketplace(interactions, items, Truth(attributes, events, users, interests), seed, image_size)
+
+# %% ../../nbs/10_data.synthetic.ipynb #plot-items
+def plot_items(market: Marketplace,      # where the items are
+               item_ids: list[str],      # which to show, in order
+               n_cols: int = 8,          # pictures in a row
+               size: float = 1.0,        # inches a picture; a title has two lines of 18 letters an inch
+               ):                        # -> Figure
+    "Show items by their first picture and their title."
+    rows = dict(zip(market.items["item_id"], zip(market.items["images"], market.items["title"])))
+    files, titles = zip(*(rows[i] for i in item_ids))
+    lines = [textwrap.wrap(title, int(18 * size)) for title in titles]
+    lines = ["\n".join(two[:2]) + (" …" if len(two) > 2 else "") for two in lines]
+    return plot_images([market.draw(names[0]) if len(names) else None for names in files], lines, n_cols, size)
+
+# %% ../../nbs/10_data.synthetic.ipynb #plot-popularity
+def plot_popularity(interactions: pl.DataFrame,  # user_id, item_id
+                    ax=None,                     # Axes to draw on; None makes new ones
+                    ):                           # -> Axes
+    "Draw how often each item was taken, most popular first, one line a domain (the part of the token before '-')."
+    counts = interactions.group_by("item_id").len().with_columns(
+        domain=pl.col("item_id").str.split("-").list.first()).sort("domain", "len", descending=[False, True])
+    lines = {name: (np.arange(1, len(part) + 1), part["len"].to_numpy())
+             for (name,), part in counts.group_by("domain", maintain_order=True)}
+    ax = plot_lines(lines, title="Popularity has a long tail", xlabel="items, most popular first",
+                    ylabel="events", ax=ax)
+    ax.set(xscale="log", yscale="log")
+    return ax
+
+# %% ../../nbs/10_data.synthetic.ipynb #plot-history
+def plot_history(market: Marketplace,  # where the customer shops
+                 user_id: str,         # such as "toys-u0042"
+                 n: int = 16,          # most events to show, the first ones
+                 ):                    # -> Figure
+    "Show a customer's items in order: frames by planted interest, words by reason and session."
+    rows = pl.concat([market.interactions, market.truth.events], how="horizontal").filter(pl.col("user_id") == user_id)
+    if not len(rows): raise KeyError(f"no customer {user_id!r} here: take one from the interactions' user_id column")
+    rows = rows.head(n); files = dict(zip(market.items["item_id"], market.items["images"]))
+    palette = [COLORS[c] for c in ("text", "image", "both", "accent", "id", "ink")]
+    held = rows["interest"].unique(maintain_order=True).to_list()
+    titles = [f"session {s + 1}\n{r}" + (f" {i}" if r == "interest" else "") for s, r, i in
+              rows.select("session", "reason", "interest").iter_rows()]
+    pictures = [market.draw(files[i][0]) if len(files[i]) else None for i in rows["item_id"]]
+    frames = [palette[held.index(i) % len(palette)] for i in rows["interest"]]
+    return plot_images(pictures, titles, min(8, n), 0.72, title=f"What {user_id} took", border_colors=frames)
+
+# %% ../../nbs/10_data.synthetic.ipynb #gini
+def gini(counts: np.ndarray,  # `[V]` counts >= 0, not all 0
+         ) -> float:          # 0 (equal) to nearly 1 (one item has all)
+    "Compute the Gini coefficient of counts."
+    x = np.sort(np.asarray(counts, dtype=np.float64)); n = len(x)
+    return float(2 * (np.arange(1, n + 1) * x).sum() / (n * x.sum()) - (n + 1) / n)
+
+# %% ../../nbs/10_data.synthetic.ipynb #last-item
+def _event_arrays(interactions: pl.DataFrame, item_ids: list) -> tuple[np.ndarray, np.ndarray]:
+    "Sort events by customer and time (ties keep their order): item numbers `[E]` and offsets `[U + 1]`."
+    catalogue = pl.DataFrame({"item_id": item_ids}).with_row_index("item")
+    events = interactions.with_columns(pl.col("user_id").rank("dense").alias("user"))
+    events = events.join(catalogue, on="item_id", how="left", maintain_order="left")
+    events = events.sort("user", "timestamp", maintain_order=True)
+    offsets = np.r_[0, np.cumsum(np.bincount(events["user"].to_numpy())[1:])]
+    return events["item"].to_numpy().astype(np.int64), offsets
+
+def _rank_and_auc(score_block, targets: np.ndarray, n_items: int) -> tuple[np.ndarray, float]:
+    "Rank targets `[U]` by scores made in blocks of 512 customers; return ranks and the mean AUC."
+    ranks = np.empty(len(targets))
+    for start in range(0, len(targets), 512):
+        rows = np.arange(start, min(start + 512, len(targets)))
+        scores = score_block(rows); own = scores[np.arange(len(rows)), targets[rows], None]
+        ranks[rows] = 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
+    return ranks, float(np.mean((n_items - ranks) / (n_items - 1)))
+
+# %% ../../nbs/10_data.synthetic.ipynb #score-functions
+def _markov_scores(item: np.ndarray, offsets: np.ndarray, n_items: int, popularity: np.ndarray):
+    "Return a function from customers to scores `[rows, V]`: transitions from the previous item, then popularity."
+    follows = np.ones(len(item), dtype=bool); follows[offsets[:-1]] = False; follows[offsets[1:] - 1] = False
+    where = np.flatnonzero(follows)
+    pairs, counts = np.unique(item[where - 1] * n_items + item[where], return_counts=True)
+    starts = np.searchsorted(pairs, np.arange(n_items + 1) * n_items)
+    previous = item[offsets[1:] - 2]
+    def scores(rows):
+        found = np.tile(popularity / (popularity.max() + 1), (len(rows), 1))
+        for row, p in enumerate(previous[rows]):
+            span = slice(starts[p], starts[p + 1]); found[row, pairs[span] % n_items] += counts[span]
+        return found
+    return scores
+
+def _content_scores(item: np.ndarray, offsets: np.ndarray, features: np.ndarray):
+    "Return a function from customers to cosine scores `[rows, V]` with the mean of their last five items."
+    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+    vectors = unit(features.astype(np.float32) - features.astype(np.float32).mean(0))
+    def scores(rows):
+        places = offsets[rows + 1][:, None] - np.arange(2, 7); there = places >= offsets[rows][:, None]
+        return unit((vectors[item[np.maximum(places, 0)]] * there[..., None]).sum(1)) @ vectors.T
+    return scores
+
+# %% ../../nbs/10_data.synthetic.ipynb #dataset-statistics
+def dataset_statistics(interactions: pl.DataFrame,  # user_id, item_id, timestamp; every user has >= 3 events
+                       item_ids: list[str],         # the catalogue
+                       features: dict[str, np.ndarray] | None = None,  # name → `[V, D]`, rows as `item_ids`
+                       ) -> dict[str, float]:               # name → number, for a table
+    "Describe a data set by the numbers the marketplace was fitted to; the last event of each user is held out."
+    item, offsets = _event_arrays(interactions, item_ids)
+    n_items, lengths, last = len(item_ids), np.diff(offsets), offsets[1:] - 1
+    targets = item[last]; popularity = np.bincount(np.delete(item, last), minlength=n_items).astype(np.float64)
+    user = np.repeat(np.arange(len(lengths)), lengths)
+    n_pairs = len(np.unique(user * n_items + item))
+    by_popularity = lambda rows: np.broadcast_to(popularity, (len(rows), n_items))
+    _, popularity_auc = _rank_and_auc(by_popularity, targets, n_items)
+    ranks, _ = _rank_and_auc(_markov_scores(item, offsets, n_items, popularity), targets, n_items)
+    found = {"users": len(lengths), "items": n_items, "events": len(item), "events a user, mean": lengths.mean(),
+             "events a user, median": np.median(lengths), "popularity Gini": gini(popularity),
+             "repeat rate": 1 - n_pairs / len(item), "Markov Recall@10": np.mean(ranks <= 10),
+             "popularity AUC": popularity_auc}
+    for name, table in (features or {}).items():
+        found[f"{name} AUC"] = _rank_and_auc(_content_scores(item, offsets, table), targets, n_items)[1]
+    return {name: round(float(value), 4) for name, value in found.items()}
+
+# %% ../../nbs/10_data.synthetic.ipynb #simple-features
+def simple_features(market: Marketplace,         # the first picture of each item is drawn
+                    ) -> dict[str, np.ndarray]:  # "text" `[V, words]`, "image" `[V, 192]`; no picture: the mean row
+    "Compute features that need no training: bag of words and thumbnails."
+    texts = market.items.select(pl.concat_str("title", "description", "details", separator=" ", ignore_nulls=True))
+    words = texts.to_series().str.to_lowercase().str.extract_all(r"[a-z\-]+").to_list()
+    columns = {word: column for column, word in enumerate(sorted({w for each in words for w in each}))}
+    holds = np.zeros((len(words), len(columns)), dtype=np.float32)
+    for row, each in enumerate(words): holds[row, [columns[w] for w in each]] = 1
+    small = lambda name: np.asarray(market.draw(name).resize((8, 8), Image.Resampling.BOX), dtype=np.float32).ravel()
+    thumbs = [small(names[0]) if len(names) else None for names in market.items["images"]]
+    mean = np.mean([t for t in thumbs if t is not None], axis=0)
+    images = np.stack([mean if t is None else t for t in thumbs])
+    return {"text": holds * np.log(len(words) / holds.sum(0)), "image": images}
+
+def perfect_features(market: Marketplace,         # its truth is read
+                     ) -> dict[str, np.ndarray]:  # "text" and "image", `[V, values]` of 0 and 1
+    "Tell each attribute that the text names or the picture shows, as a perfect reader would."
+    table = market.truth.attributes; found = {"text": [], "image": []}
+    for a in VISIBLE + HIDDEN:
+        values = table[a].unique().sort().to_list()
+        is_value = (table[a].to_numpy()[:, None] == np.array(values, dtype=object)).astype(np.float32)
+        named = table["named"].list.contains(a).to_numpy()[:, None]
+        found["text"].append(is_value * named)
+        if a in VISIBLE: found["image"].append(is_value * (table["views"].list.len().to_numpy() > 0)[:, None])
+    return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
+
+# %% ../../nbs/10_data.synthetic.ipynb #real
+def real_statistics() -> dict[str, dict[str, float]]:  # data set → statistic → value
+    "Load the stored statistics of real data sets (aggregates only; the inputs are not redistributable)."
+    return read_json(artifact_path("marketplace", "real_statistics.json"))["datasets"]
