@@ -32,3 +32,16 @@ def test_page_runs(page, tmp_path):
     shown = outputs(copy)
     assert not [id for id, kinds in shown.items() if "stderr" in kinds], "a cell warns"
     assert sorted(shown) == sorted(outputs(page)), "the page is not stored as it runs: run all cells and save"
+
+@pytest.mark.slow
+def test_pages_are_ready_for_the_site(tmp_path):
+    "A broken directive or symbol fails here; rendering itself needs Quarto."
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", symlinks=True, ignore=shutil.ignore_patterns(".*"))
+    for name in ("pyproject.toml", "_quarto.yml"): shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "mmseqrec").symlink_to(ROOT / "mmseqrec")
+    code = "from nbdev.serve import proc_nbs; proc_nbs('nbs', n_workers=0)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                         capture_output=True, text=True)
+    assert ran.returncode == 0 and "Unable to resolve" not in ran.stdout + ran.stderr, ran.stderr
+    assert {p.name for p in (tmp_path / "_proc").glob("*.ipynb")} == {p.name for p in PAGES}
+    for page in (tmp_path / "_proc").glob("*.ipynb"): assert "error" not in sum(outputs(page).values(), [])

@@ -1,5 +1,6 @@
 "The rules of the house, checked on every notebook and module there is."
 import ast
+import builtins
 import configparser
 import functools
 import importlib
@@ -220,6 +221,21 @@ def test_lesson_ends_with_exercises_and_summary(page):
     assert headings[-2:] == ["## Exercises", "## Summary"]
 
 @each_page
+def test_cells_with_imports_stand_alone(page):
+    "Building the site runs exported cells and cells with an import, and no others."
+    known = set(dir(builtins))
+    for cell in code_cells(page):
+        nodes = list(ast.walk(cell_tree(cell)))
+        imports = [a for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
+        if "#| eval: false" in directives(cell) or not (imports or is_exported(cell)): continue
+        known |= {(a.asname or a.name).partition(".")[0] for a in imports}
+        known |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler))}
+        known |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+        known |= {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        unknown = {n.id for n in nodes if isinstance(n, ast.Name)} - known
+        assert is_exported(cell) or not unknown, f"cell {cell['id']} imports, and uses {unknown}: import in a cell of its own"
+
+@each_page
 def test_links_between_pages_lead_somewhere(page):
     text = "\n".join(source(c) for c in cells(page) if c["cell_type"] == "markdown")
     for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text):
@@ -276,7 +292,7 @@ def test_public_symbols_are_documented(path):
             methods = [m for m in node.body if isinstance(m, ast.FunctionDef)]
             functions += [(node.name, m) for m in methods if m.name == "__init__"]
             missing += [f"{node.name}.{m.name}" for m in methods if m.name[0] != "_" and not ast.get_docstring(m)
-                        and not (m.returns and comment(m.returns))]
+                        and not (m.returns and (m.decorator_list or comment(m.returns)))]  # or a typed property
     missing += [f"{name}({a.arg})" for name, function in functions for a in parameters(function) if not comment(a)]
     assert not missing, f"without docstring, or parameter without comment: {', '.join(missing)}"
 
