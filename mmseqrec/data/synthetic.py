@@ -146,6 +146,7 @@ def _smooth(points: np.ndarray,  # `[n, 2]` corners of a closed curve
         points = np.stack([0.8 * points + 0.2 * following, 0.2 * points + 0.8 * following], 1).reshape(-1, 2)
     return [tuple(p) for p in points]
 
+# %% ../../nbs/10_data.synthetic.ipynb #stencil-paint
 @lru_cache(maxsize=None)
 def _stencil(kind: str) -> tuple[Image.Image, tuple[float, float, float]]:
     "Draw a kind's masks (red body, green trim, blue line) and return them with the motif's place in units."
@@ -279,6 +280,7 @@ def _place(view: str, size: str, variant: int, spot: tuple) -> tuple[float, floa
     if view == "in use": return scale * 0.8, 0.0, 50 + dx, 88 - 50 * scale * 0.8 - dy / 2, 1.0
     return scale, 0.0, 50 + dx, 94 - 50 * scale + dy / 2 - 2, 1.0
 
+# %% ../../nbs/10_data.synthetic.ipynb #ink
 def _ink(rgb: tuple, amount: float) -> tuple[int, int, int]:
     "Darken a colour, or lighten it where it is nearly black already, for lines that can be seen."
     return tuple(int(c * amount) for c in rgb) if sum(rgb) > 160 else tuple(int(c + 62) for c in rgb)
@@ -388,6 +390,7 @@ FILLERS = ("It arrives gift wrapped.", "Our customers keep coming back for it.",
            "Each one is looked over by hand before it leaves us.",
            "It ships within two days.", "New this season.", "We think you will keep it for years.")
 
+# %% ../../nbs/10_data.synthetic.ipynb #article
 def _with_article(text: str) -> str:
     "Turn 'a orange' into 'an orange' and start with a capital letter."
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
@@ -409,6 +412,7 @@ CAPTIONS = ("a photo of a {size} {colour} {pattern} {material} {kind} with {acce
             "{colour} {material} {kind}, {pattern}, {accent} trim, {size}{motif}",
             "a {colour} {kind} of {material}, {size} and {pattern}, trimmed in {accent}{motif}")
 
+# %% ../../nbs/10_data.synthetic.ipynb #caption
 def caption(attributes: dict,         # attribute → value, and "domain"
             view: str,                # one of `VIEWS`
             rng: np.random.Generator  # chooses words and sentences
@@ -429,7 +433,7 @@ def caption(attributes: dict,         # attribute → value, and "domain"
 # %% ../../nbs/10_data.synthetic.ipynb #caption-corpus
 def make_caption_corpus(n: int,                  # pictures
                         seed: int = 1,           # any whole number
-                        *, image_size: int = 96, # side of a picture in pixels
+                        *, image_size: int = 96,  # side of a picture in pixels
                         progress: bool = False,  # show a bar
                         ) -> tuple[np.ndarray, list[str]]:  # images uint8 `[n, image_size, image_size, 3]`, n captions
     "Draw pictures with complete captions; they share no look with any marketplace, whatever the seeds."
@@ -476,6 +480,7 @@ def _make_items(domain: str, n_items: int, probabilities: dict, rng: np.random.G
     hidden = [(rng.random((n_items, 1)) >= np.cumsum(probabilities[a][made_for], 1)[:, :-1]).sum(1) for a in HIDDEN]
     return np.column_stack([visible, *hidden]), made_for
 
+# %% ../../nbs/10_data.synthetic.ipynb #fit
 def _fit(codes: np.ndarray, probabilities: dict) -> np.ndarray:
     "Compute fit `[C, V]` of items to interests."
     return sum(np.log(p.shape[1] * p)[:, codes[:, column]]
@@ -541,6 +546,7 @@ def _shelves(weights: np.ndarray) -> np.ndarray:
     cumulative[:, -1] = 1.0
     return (cumulative + np.arange(len(weights))[:, None]).ravel()
 
+# %% ../../nbs/10_data.synthetic.ipynb #draw-from-shelves
 def _draw(shelves: np.ndarray, shelf: np.ndarray, n_items: int, n: int, rng: np.random.Generator) -> np.ndarray:
     "Draw `[rows, n]` items, row r from shelf `shelf[r]`."
     where = np.searchsorted(shelves, shelf[:, None] + rng.random((len(shelf), n)), side="right")
@@ -679,6 +685,7 @@ def _draw_file(market: Marketplace, file_name: str) -> Image.Image:
     variant = derive_seed(market.seed, "picture", token, number) % (1 << 30)
     return draw_item(item, item["views"][int(number)], variant, market.image_size)
 
+# %% ../../nbs/10_data.synthetic.ipynb #write-folder
 def _write_folder(market: Marketplace, folder: Path, overwrite: bool, progress: bool) -> dict[str, Path]:
     "Write everything beside `folder`, then rename."
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
@@ -735,6 +742,7 @@ def _open_shop(domain: str, n_items: int, n_interests: int, purity: float, seed:
             "companions": _companions(codes, made_for, shelves, rng)}
     return codes, shop, probabilities, made_for
 
+# %% ../../nbs/10_data.synthetic.ipynb #fill-shop
 def _fill_shop(domain: str, shop: dict, n_users: int, n_interests: int, seed: int, b: Behaviour) -> tuple:
     "Let all customers of a shop come, block by block: (event columns, customer columns)."
     events, users = [], []; values = [len(attribute_values(domain, a)) for a in VISIBLE[:5]]
@@ -752,6 +760,19 @@ def _tokens(domain: str, numbers: np.ndarray, n: int, letter: str = "") -> pl.Se
     digits = pl.Series(np.arange(n)).cast(pl.String).str.zfill(width)
     return (f"{domain}-{letter}" + digits).gather(numbers)
 
+# %% ../../nbs/10_data.synthetic.ipynb #planted-tables
+def _planted_tables(domain: str, n_users: int, users: dict, probabilities: dict) -> tuple[pl.DataFrame, pl.DataFrame]:
+    "Tabulate the customers and the interests of a domain."
+    lists = {"interests": users["interests"], "first_weights": users["first"], "last_weights": users["last"]}
+    people = pl.DataFrame({"user_id": _tokens(domain, np.arange(n_users), n_users, "u"), "domain": [domain] * n_users}
+                          | {name: pl.Series(rows).arr.to_list() for name, rows in lists.items()})
+    best = lambda row, n: np.argsort(-row, kind="stable")[:n]
+    liked = {a: [[attribute_values(domain, a)[v] for v in best(row, n)] for row in probabilities[a]]
+             for a, n in FAVOURITES.items()}
+    numbers = range(len(probabilities["kind"]))
+    return people, pl.DataFrame({"domain": [domain] * len(numbers), "interest": numbers} | liked)
+
+# %% ../../nbs/10_data.synthetic.ipynb #shop-tables-all
 def _shop_tables(domain: str, n_users: int, n_items: int, n_interests: int, purity: float, seed: int, b: Behaviour,
                  listing: dict) -> tuple[pl.DataFrame, ...]:
     "Make one shop's six tables."
@@ -764,14 +785,7 @@ def _shop_tables(domain: str, n_users: int, n_items: int, n_interests: int, puri
                                  "item_id": _tokens(domain, events["item"], n_items), "timestamp": events["timestamp"]})
     causes = pl.DataFrame({"interest": events["interest"], "session": events["session"],
                            "reason": pl.Series(REASONS, dtype=pl.String).gather(events["reason"])})
-    lists = {"interests": users["interests"], "first_weights": users["first"], "last_weights": users["last"]}
-    people = pl.DataFrame({"user_id": _tokens(domain, np.arange(n_users), n_users, "u"), "domain": [domain] * n_users}
-                          | {name: pl.Series(rows).arr.to_list() for name, rows in lists.items()})
-    best = lambda row, n: np.argsort(-row, kind="stable")[:n]
-    liked = {a: [[attribute_values(domain, a)[v] for v in best(row, n)] for row in probabilities[a]]
-             for a, n in FAVOURITES.items()}
-    interests = pl.DataFrame({"domain": [domain] * n_interests, "interest": range(n_interests)} | liked)
-    return interactions, items, attributes, causes, people, interests
+    return interactions, items, attributes, causes, *_planted_tables(domain, n_users, users, probabilities)
 
 # %% ../../nbs/10_data.synthetic.ipynb #make-marketplace
 def make_marketplace(domains: tuple[str, ...] = ("kitchen", "wardrobe", "toys"),
@@ -841,7 +855,7 @@ def plot_history(market: Marketplace,  # where the customer shops
               rows.select("session", "reason", "interest").iter_rows()]
     pictures = [market.draw(files[i][0]) if len(files[i]) else None for i in rows["item_id"]]
     frames = [palette[held.index(i) % len(palette)] for i in rows["interest"]]
-    return plot_images(pictures, titles, min(8, n), 0.72, title=f"What {user_id} took", border_colors=frames)
+    return plot_images(pictures, titles, min(7, n), 0.72, title=f"What {user_id} took", border_colors=frames)
 
 # %% ../../nbs/10_data.synthetic.ipynb #gini
 def gini(counts: np.ndarray,  # `[V]` counts >= 0, not all 0
@@ -860,6 +874,7 @@ def _event_arrays(interactions: pl.DataFrame, item_ids: list) -> tuple[np.ndarra
     offsets = np.r_[0, np.cumsum(np.bincount(events["user"].to_numpy())[1:])]
     return events["item"].to_numpy().astype(np.int64), offsets
 
+# %% ../../nbs/10_data.synthetic.ipynb #rank-and-auc
 def _rank_and_auc(score_block, targets: np.ndarray, n_items: int) -> tuple[np.ndarray, float]:
     "Rank targets `[U]` by scores made in blocks of 512 customers; return ranks and the mean AUC."
     ranks = np.empty(len(targets))
@@ -884,6 +899,7 @@ def _markov_scores(item: np.ndarray, offsets: np.ndarray, n_items: int, populari
         return found
     return scores
 
+# %% ../../nbs/10_data.synthetic.ipynb #content-scores
 def _content_scores(item: np.ndarray, offsets: np.ndarray, features: np.ndarray):
     "Return a function from customers to cosine scores `[rows, V]` with the mean of their last five items."
     unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
@@ -930,6 +946,7 @@ def simple_features(market: Marketplace,         # the first picture of each ite
     images = np.stack([mean if t is None else t for t in thumbs])
     return {"text": holds * np.log(len(words) / holds.sum(0)), "image": images}
 
+# %% ../../nbs/10_data.synthetic.ipynb #perfect-features
 def perfect_features(market: Marketplace,         # its truth is read
                      ) -> dict[str, np.ndarray]:  # "text" and "image", `[V, values]` of 0 and 1
     "Tell each attribute that the text names or the picture shows, as a perfect reader would."
