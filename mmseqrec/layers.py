@@ -184,15 +184,17 @@ class ContentEmbedding(nn.Module):
         catalogue: Catalogue,
     ) -> None:
         "Take the mean features of all items. Raises `ValueError` if they are absent or of another size."
-        for name, adapter in self.adapters.items():
-            table, size, device = getattr(catalogue, f"{name}_emb"), adapter.linear.in_features, adapter.linear.weight.device
+        for name, adapter in self.adapters.items():  # all are checked before the first is taken
+            table, size = getattr(catalogue, f"{name}_emb"), adapter.linear.in_features
             if table is None or table.shape[-1] != size:
                 found = "none" if table is None else f"{table.shape[-1]} numbers"
                 raise ValueError(f"the model expects {name} features of {size} numbers, the catalogue has {found}; "
                                  f"encode it with the same encoder or build the model with {name}_size to fit")
+        for name, adapter in self.adapters.items():
             features, missing = getattr(catalogue, f"mean_{name}")(), getattr(catalogue, f"missing_{name}_mask")
-            self.register_buffer(f"{name}_features", features.to(device), persistent=False)
-            self.register_buffer(f"missing_{name}_mask", missing.to(device), persistent=False)
+            weight = adapter.linear.weight
+            self.register_buffer(f"{name}_features", features.to(weight), persistent=False)
+            self.register_buffer(f"missing_{name}_mask", missing.to(weight.device), persistent=False)
 
     def forward(
         self,

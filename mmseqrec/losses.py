@@ -29,24 +29,26 @@ def dot_score(
     return sequence.reshape(T, S * D) @ vectors.reshape(N, S * D).T
 
 # %% ../nbs/32_losses.ipynb #chunked
+def _at_least_32_bits(scores): return scores if scores.dtype == torch.float64 else scores.float()
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     "Sum of cross-entropies over row chunks; gradients are taken chunk by chunk during the forward pass."
     @staticmethod
     def forward(ctx, score, rows_at_once, target, temperature, sequence, vectors, *parameters):
         inputs = [x.detach().requires_grad_(x.requires_grad) for x in (vectors, *parameters)]
         sums = [torch.zeros_like(x) if x.requires_grad else None for x in inputs]
-        d_sequence, total = torch.zeros_like(sequence), sequence.new_zeros((), dtype=torch.float32)
+        d_sequence, total = torch.zeros_like(sequence), 0.0
         for rows in torch.arange(len(target), device=target.device).split(rows_at_once):
             with torch.enable_grad():
                 part = sequence[rows].detach().requires_grad_()
-                logits = score(part, *inputs).float() / temperature
+                logits = _at_least_32_bits(score(part, *inputs)) / temperature
                 loss = F.cross_entropy(logits, target[rows], reduction="sum")
                 wanted = [part, *(x for x in inputs if x.requires_grad)]
                 grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
             d_sequence[rows] = next(grads)
             for place, x in enumerate(inputs):
                 if x.requires_grad and (grad := next(grads)) is not None: sums[place] += grad
-            total += loss.detach()
+            total = total + loss.detach()
         ctx.save_for_backward(d_sequence, *(x for x in sums if x is not None))
         ctx.present = [x is not None for x in sums]
         return total
@@ -73,8 +75,8 @@ def full_softmax_cross_entropy(
     if T == 0: raise ValueError("no targets: the batch holds no position with a next item")
     if T * N <= max_elements or not torch.is_grad_enabled():
         rows = sequence.split(max(1, max_elements // N))
-        losses = [F.cross_entropy(score(part, vectors, *parameters).float() / temperature, part_target, reduction="sum")
-                  for part, part_target in zip(rows, target.split(max(1, max_elements // N)))]
+        losses = [F.cross_entropy(_at_least_32_bits(score(part, vectors, *parameters)) / temperature, part_target,
+                                  reduction="sum") for part, part_target in zip(rows, target.split(len(rows[0])))]
         return sum(losses) / T
     return _ChunkedCrossEntropy.apply(score, max(1, max_elements // N), target, temperature, sequence, vectors,
                                       *parameters) / T

@@ -1,0 +1,313 @@
+"Layers against NumPy loops; what is padding, absent, in another row or in the future changes nothing."
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mmseqrec.core import set_seed
+from mmseqrec.features.encoders import catalogue_from_arrays
+from mmseqrec.layers import (ContentAdapter, ContentEmbedding, MultiHeadAttention, SequenceEncoder, TransformerBlock,
+                             init_weights)
+from small_world import IMAGE_SIZE, NO_IMAGE, NO_TEXT, NOTHING, TEXT_SIZE, V, make_catalogue
+
+CLOSE = dict(rtol=0, atol=1e-9)
+B, L, D, H = 3, 5, 8, 2
+LENGTHS = torch.tensor([5, 3, 1])
+PAD = torch.arange(L) >= LENGTHS[:, None]
+
+each_direction = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+
+
+def numbers(module): return {name: x.detach().double().numpy() for name, x in module.state_dict().items()}
+
+
+def slow_linear(x, p, name): return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+
+def slow_attention(x, p, n_heads, length, causal):
+    "Attention of one row `[L, D]`, head by head and query by query; returns the result and the weights."
+    (L, D), size = x.shape, x.shape[1] // n_heads
+    q, k, v = np.split(slow_linear(x, p, "query_key_value"), 3, axis=1)
+    mixed, weights = np.zeros((L, D)), np.zeros((n_heads, L, L))
+    for head in range(n_heads):
+        part = slice(head * size, (head + 1) * size)
+        for i in range(L):
+            visible = range(i + 1) if causal else range(length)
+            strength = {j: np.exp(sum(q[i, part] * k[j, part]) / np.sqrt(size)) for j in visible}
+            for j in visible:
+                weights[head, i, j] = strength[j] / sum(strength.values())
+                mixed[i, part] += weights[head, i, j] * v[j, part]
+    return slow_linear(mixed, p, "output"), weights
+
+
+def slow_norm(x, p, name):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-12) * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+
+def slow_gelu(x):
+    from math import erf
+    return np.vectorize(lambda z: z * (1 + erf(z / 2 ** .5)) / 2)(x)
+
+
+def part_of(p, name): return {key[len(name) + 1:]: x for key, x in p.items() if key.startswith(name + ".")}
+
+
+def slow_block(x, p, n_heads, length, causal):
+    h = slow_norm(x + slow_attention(x, part_of(p, "attention"), n_heads, length, causal)[0], p, "attention_norm")
+    inner = slow_gelu(slow_linear(h, p, "feed_forward.0"))
+    return slow_norm(h + slow_linear(inner, p, "feed_forward.2"), p, "feed_forward_norm")
+
+
+def slow_encoder(x, p, n_layers, n_heads, length, causal):
+    h = slow_norm(x + p["position_emb.weight"][:len(x)], p, "norm")
+    for layer in range(n_layers): h = slow_block(h, part_of(p, f"blocks.{layer}"), n_heads, length, causal)
+    return h
+
+
+@pytest.fixture()
+def x(): return torch.randn(B, L, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def make(module, *sizes, **options):
+    "A module with seeded, lively weights in fp64, not training."
+    set_seed(1)
+    module = module(*sizes, **options)
+    for weight in module.parameters(): nn.init.normal_(weight, std=.4)
+    return module.double().eval()
+
+
+@each_direction
+def test_attention_equals_loops_open_and_fused(x, causal):
+    layer = make(MultiHeadAttention, D, H)
+    mixed, weights = layer(x, PAD, causal, return_attention=True)
+    fused = layer(x, PAD, causal)
+    for row, length in enumerate(LENGTHS.tolist()):
+        slow, slow_weights = slow_attention(x[row].numpy(), numbers(layer), H, length, causal)
+        for fast in (mixed, fused): np.testing.assert_allclose(fast[row, :length].detach(), slow[:length], **CLOSE)
+        np.testing.assert_allclose(weights[row, :, :length].detach(), slow_weights[:, :length], **CLOSE)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(B, H, L, dtype=torch.float64), **CLOSE)
+    if causal: assert not weights.triu(1).any()
+    else: assert not weights.permute(0, 3, 1, 2)[PAD].any()
+
+
+@each_direction
+def test_open_and_fused_have_the_same_gradients(x, causal):
+    layer, found = make(MultiHeadAttention, D, H), []
+    for open in (True, False):
+        inputs = x.clone().requires_grad_()
+        y = layer(inputs, PAD, causal, return_attention=open)
+        y = y[0] if open else y
+        found.append(torch.autograd.grad(y[~PAD].square().sum(), [inputs, *layer.parameters()]))
+    for a, b in zip(*found): torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_attention_without_a_mask_sees_everything(x):
+    layer = make(MultiHeadAttention, D, H)
+    nobody = torch.zeros(B, L, dtype=torch.bool)
+    for options in ({}, {"return_attention": True}):
+        a, b = (layer(x, mask, **options) for mask in (None, nobody))
+        if options: a, b = a[0], b[0]
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_attention_weights_are_dropped_in_training_only(x):
+    layer = make(MultiHeadAttention, D, H, dropout=.5)
+    for open in (False, True):
+        once, twice = (layer.train()(x, causal=True, return_attention=open) for _ in range(2))
+        assert not torch.equal(once[0] if open else once, twice[0] if open else twice)
+        once, twice = (layer.eval()(x, causal=True, return_attention=open) for _ in range(2))
+        torch.testing.assert_close(once, twice, rtol=0, atol=0)
+
+
+def test_dropout_keeps_the_mean():
+    "Averaged over many draws, dropped attention is attention: the kept weights are scaled up."
+    layer, x = make(MultiHeadAttention, 4, 1, dropout=.3), torch.randn(1, 4, 4, dtype=torch.float64)
+    expected, many = layer(x), x.expand(20_000, -1, -1)
+    for open in (False, True):
+        y = layer.train()(many, return_attention=open)
+        torch.testing.assert_close((y[0] if open else y).mean(0, keepdim=True), expected, rtol=0, atol=.05)
+
+
+@each_direction
+def test_block_equals_loops(x, causal):
+    block = make(TransformerBlock, D, H, 16)
+    y, (again, weights) = block(x, PAD, causal), block(x, PAD, causal, return_attention=True)
+    torch.testing.assert_close(y[~PAD], again[~PAD], **CLOSE)
+    assert weights.shape == (B, H, L, L)
+    for row, length in enumerate(LENGTHS.tolist()):
+        slow = slow_block(x[row].numpy(), numbers(block), H, length, causal)
+        np.testing.assert_allclose(y[row, :length].detach(), slow[:length], **CLOSE)
+
+
+def encoder(causal=True, **options):
+    return make(SequenceEncoder, D, n_layers=2, n_heads=H, inner_size=16, max_len=7, causal=causal, **options)
+
+
+@each_direction
+def test_encoder_equals_loops(x, causal):
+    module = encoder(causal)
+    y, (again, weights) = module(x, PAD), module(x, PAD, return_attention=True)
+    torch.testing.assert_close(y[~PAD], again[~PAD], **CLOSE)
+    assert [w.shape for w in weights] == [(B, H, L, L)] * 2
+    for row, length in enumerate(LENGTHS.tolist()):
+        slow = slow_encoder(x[row].numpy(), numbers(module), 2, H, length, causal)
+        np.testing.assert_allclose(y[row, :length].detach(), slow[:length], **CLOSE)
+
+
+@each_direction
+def test_padding_changes_nothing(x, causal):
+    "Other content of the padding, a wider rectangle, and the row on its own give the same digits."
+    module = encoder(causal)
+    expected, garbage = module(x, PAD)[~PAD], x.clone()
+    garbage[PAD] = 1e3
+    torch.testing.assert_close(module(garbage, PAD)[~PAD], expected, **CLOSE)
+    wider = torch.cat([garbage, torch.full((B, 2, D), -7., dtype=torch.float64)], 1)
+    wider_pad = torch.cat([PAD, torch.ones(B, 2, dtype=torch.bool)], 1)
+    torch.testing.assert_close(module(wider, wider_pad)[~wider_pad], expected, **CLOSE)
+    alone = [module(x[row:row + 1, :n], PAD[row:row + 1, :n])[0] for row, n in enumerate(LENGTHS.tolist())]
+    torch.testing.assert_close(torch.cat(alone), expected, **CLOSE)
+
+
+@each_direction
+def test_other_rows_change_nothing(x, causal):
+    module, other = encoder(causal), x.clone()
+    other[1:] = torch.randn_like(other[1:])
+    torch.testing.assert_close(module(other, PAD)[0], module(x, PAD)[0], **CLOSE)
+    torch.testing.assert_close(module(x.flip(0), PAD.flip(0)).flip(0)[~PAD], module(x, PAD)[~PAD], **CLOSE)
+
+
+def test_the_future_changes_a_position_only_when_both_directions_are_seen(x):
+    for causal in (True, False):
+        module = encoder(causal)
+        inputs = x[:1].clone().requires_grad_()
+        gradient, = torch.autograd.grad(module(inputs, PAD[:1])[0, 2].square().sum(), inputs)
+        moved = gradient[0].abs().sum(1) > 1e-9
+        assert moved.tolist() == [True] * 3 + [not causal] * 2
+
+
+@each_direction
+def test_padding_gets_no_gradient(x, causal):
+    module, inputs = encoder(causal), x.clone().requires_grad_()
+    gradient, = torch.autograd.grad(module(inputs, PAD)[~PAD].square().sum(), inputs)
+    assert not gradient[PAD].any() and (gradient[~PAD].abs().sum(1) > 0).all()
+
+
+def test_order_matters_through_positions_only(x):
+    "Without positions, a bidirectional encoder cannot tell one order from another."
+    module, none = encoder(False), torch.zeros(B, L, dtype=torch.bool)
+    assert (module(x.flip(1), none).flip(1) - module(x, none)).abs().max() > 1e-3
+    nn.init.zeros_(module.position_emb.weight)
+    torch.testing.assert_close(module(x.flip(1), none).flip(1), module(x, none), **CLOSE)
+
+
+def count(module): return sum(x.numel() for x in module.parameters())
+
+
+def test_parameters_by_hand():
+    attention = 3 * (D * D + D) + D * D + D
+    block = attention + 2 * 2 * D + (D * 16 + 16) + (16 * D + D)
+    assert count(MultiHeadAttention(D, H)) == attention == 288
+    assert count(TransformerBlock(D, H, 16)) == block
+    assert count(SequenceEncoder(D, 2, H, 16, max_len=7)) == 7 * D + 2 * D + 2 * block
+    assert count(ContentAdapter(6, D)) == 6 * D + D + 2 * D
+    assert count(ContentEmbedding(6, 5, D)) == count(ContentAdapter(6, D)) + count(ContentAdapter(5, D))
+    assert count(ContentEmbedding(None, 5, D)) == count(ContentAdapter(5, D))
+
+
+def test_initial_weights():
+    set_seed(0)
+    module = init_weights(nn.ModuleDict({
+        "linear": nn.Linear(300, 300), "bare": nn.Linear(300, 300, bias=False), "norm": nn.LayerNorm(9),
+        "emb": nn.Embedding(900, 100, padding_idx=0), "free": nn.Embedding(900, 100)}), std=.05)
+    for name in ("linear", "bare", "emb", "free"):
+        weight = module[name].weight.detach()[name == "emb":]
+        assert weight.std().item() == pytest.approx(.05, rel=.02) and abs(weight.mean().item()) < .001
+    assert not module["linear"].bias.any() and not module["emb"].weight[0].any() and module["free"].weight[0].all()
+    assert module["norm"].weight.eq(1).all() and not module["norm"].bias.any()
+    module["emb"](torch.tensor([0, 1])).sum().backward()  # the padding row stays zero: it never gets a gradient
+    assert not module["emb"].weight.grad[0].any() and module["emb"].weight.grad[1].all()
+
+
+def content(text=True, image=True, catalogue=None):
+    module = make(ContentEmbedding, TEXT_SIZE if text else None, IMAGE_SIZE if image else None, D)
+    module.set_catalogue(catalogue or make_catalogue())
+    return module.double()
+
+
+def slow_content(module, catalogue, row):
+    "The vector of one item, by hand: mean over what there is, linear map, normalisation, sum."
+    vector, p = np.zeros(D), numbers(module)
+    for name in module.adapters:
+        table, pad = getattr(catalogue, f"{name}_emb"), getattr(catalogue, f"{name}_pad_mask")
+        there = [table[row, k].double().numpy() for k in range(table.shape[1]) if not pad[row, k]]
+        if there:
+            mean = np.float32(sum(there) / len(there)).astype(float)
+            vector += slow_norm(slow_linear(mean, p, f"adapters.{name}.linear"), p, f"adapters.{name}.norm")
+    return vector
+
+
+@pytest.mark.parametrize("text, image", [(True, True), (True, False), (False, True)])
+def test_content_equals_loops(text, image):
+    catalogue, module = make_catalogue(), content(text, image)
+    slow = np.stack([slow_content(module, catalogue, row) for row in range(V + 1)])
+    np.testing.assert_allclose(module(torch.arange(V + 1)).detach(), slow, rtol=0, atol=1e-6)
+    assert not module(torch.tensor([0, NOTHING])).any(), "padding and items with nothing are zero"
+    order = torch.tensor([7, 2, 2, 0])
+    torch.testing.assert_close(module(order), module(torch.arange(V + 1))[order], **CLOSE)
+
+
+def test_a_missing_modality_adds_nothing_and_gets_no_gradient():
+    module = content()
+    for row, absent in ((NO_IMAGE, ["image"]), (NO_TEXT, ["text"]), (NOTHING, ["text", "image"])):
+        module.zero_grad()
+        module(torch.tensor([row])).square().sum().backward()
+        for name, adapter in module.adapters.items():
+            moved = any(x.grad is not None and x.grad.any() for x in adapter.parameters())
+            assert moved == (name not in absent), (row, name)
+        for name in absent:  # whatever stands in the table there
+            before = module(torch.tensor([row]))
+            getattr(module, f"{name}_features")[row] = 1e4
+            torch.testing.assert_close(module(torch.tensor([row])), before, **CLOSE)
+
+
+def test_content_of_another_size_is_refused():
+    catalogue = make_catalogue()
+    for sizes, message in (((7, None), "expects text features of 7 numbers, the catalogue has 6 numbers"),
+                           ((None, 4), "expects image features of 4 numbers, the catalogue has 5 numbers")):
+        with pytest.raises(ValueError, match=message): ContentEmbedding(*sizes, D).set_catalogue(catalogue)
+    only_text = catalogue_from_arrays(["a"], np.ones((1, TEXT_SIZE)))
+    with pytest.raises(ValueError, match="expects image features of 5 numbers, the catalogue has none"):
+        ContentEmbedding(TEXT_SIZE, IMAGE_SIZE, D).set_catalogue(only_text)
+    with pytest.raises(ValueError, match="text_size, image_size or both"): ContentEmbedding(None, None, D)
+
+
+def test_a_refused_catalogue_leaves_the_old_one():
+    "Text would fit, pictures do not: nothing may be half exchanged."
+    module = content()
+    before = module(torch.arange(V + 1))
+    wrong = catalogue_from_arrays(["a", "b"], np.ones((2, TEXT_SIZE)), np.ones((2, IMAGE_SIZE + 1)))
+    with pytest.raises(ValueError, match="image features"): module.set_catalogue(wrong)
+    torch.testing.assert_close(module(torch.arange(V + 1)), before, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_features_take_the_type_of_the_weights(dtype):
+    module = ContentEmbedding(TEXT_SIZE, IMAGE_SIZE, D).to(dtype)
+    module.set_catalogue(make_catalogue(dtype="float16"))
+    assert module(torch.tensor([1, NOTHING])).dtype == dtype
+
+
+def test_tables_are_not_among_the_weights():
+    module = content()
+    assert all(name.startswith("adapters.") for name in module.state_dict())
+
+
+def test_wrong_sizes_are_named(x):
+    with pytest.raises(ValueError, match=r"hidden_size \(8\) must be a multiple of n_heads \(3\)"): MultiHeadAttention(8, 3)
+    module = encoder()
+    with pytest.raises(ValueError, match="a history of 8 items is longer than max_len = 7"):
+        module(torch.zeros(1, 8, D, dtype=torch.float64), torch.zeros(1, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"\(L\).*must be 5, got 4"): module(x, PAD[:, :4])
+    with pytest.raises(ValueError, match=r"\(B\).*must be 3, got 2"): module(x, PAD[:2])
+    with pytest.raises(ValueError, match="3 axes"): module(x[0], PAD)

@@ -1,0 +1,172 @@
+"Full-softmax cross-entropy against loops: the loss, every gradient, the memory."
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmseqrec.losses import dot_score, full_softmax_cross_entropy
+
+CLOSE = dict(rtol=0, atol=1e-9)
+
+
+def problem(T=7, N=11, S=2, D=3, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    sequence, vectors = (torch.randn(n, S, D, generator=generator, dtype=dtype) for n in (T, N))
+    return sequence, vectors, torch.randint(0, N, (T,), generator=generator)
+
+
+def slow_scores(sequence, vectors, missing=None):
+    "Scores as lists, with loops."
+    return [[sum(float(sequence[t, s, d]) * float(vectors[n, s, d]) for s in range(vectors.shape[1])
+                 for d in range(vectors.shape[2]) if missing is None or not missing[n, s])
+             for n in range(len(vectors))] for t in range(len(sequence))]
+
+
+def slow_loss(sequence, vectors, target, temperature):
+    "Mean surprise, with loops."
+    surprises = []
+    for row, wanted in zip(slow_scores(sequence, vectors), target.tolist()):
+        logits = [score / temperature for score in row]
+        top = max(logits)
+        surprises.append(math.log(sum(math.exp(x - top) for x in logits)) + top - logits[wanted])
+    return sum(surprises) / len(surprises)
+
+
+def slow_gradients(sequence, vectors, target, temperature):
+    "Gradients by the formula (p - [right]) / (tau T), with NumPy."
+    u, c = sequence.numpy(), vectors.numpy()
+    logits = np.einsum("tsd,nsd->tn", u, c) / temperature
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    p[np.arange(len(p)), target.numpy()] -= 1
+    p /= temperature * len(p)
+    return np.einsum("tn,nsd->tsd", p, c), np.einsum("tn,tsd->nsd", p, u)
+
+
+def test_dot_score_equals_loops():
+    sequence, vectors, _ = problem()
+    missing = torch.rand(11, 2, generator=torch.Generator().manual_seed(1)) < .4
+    np.testing.assert_allclose(dot_score(sequence, vectors), slow_scores(sequence, vectors), **CLOSE)
+    np.testing.assert_allclose(dot_score(sequence, vectors, missing), slow_scores(sequence, vectors, missing), **CLOSE)
+    vectors[missing] = torch.nan  # what is missing is not even looked at
+    assert dot_score(sequence, vectors, missing).isfinite().all()
+
+
+def test_dot_score_refuses_other_sizes():
+    sequence, vectors, _ = problem()
+    with pytest.raises(ValueError, match=r"\(S\).*must be 2, got 1"): dot_score(sequence, vectors[:, :1])
+    with pytest.raises(ValueError, match=r"\(D\).*must be 3, got 2"): dot_score(sequence, vectors[..., :2])
+
+
+@pytest.mark.parametrize("temperature", [1.0, .07])
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3, 7, 100])
+def test_loss_and_gradients_equal_loops(rows_at_once, temperature):
+    sequence, vectors, target = problem()
+    expected, expected_gradients = slow_loss(sequence, vectors, target, temperature), slow_gradients(sequence, vectors, target, temperature)
+    u, c = (x.clone().requires_grad_() for x in (sequence, vectors))
+    loss = full_softmax_cross_entropy(u, c, target, temperature, max_elements=rows_at_once * 11)
+    assert loss.ndim == 0
+    (3 * loss).backward()  # the factor must reach the gradients
+    assert loss.item() == pytest.approx(expected, abs=1e-9)
+    for x, gradient in zip((u, c), expected_gradients): np.testing.assert_allclose(x.grad, 3 * gradient, **CLOSE)
+
+
+def scaled_score(sequence, vectors, scale, bias): return scale * dot_score(sequence, vectors) + bias
+
+
+@pytest.mark.parametrize("wanted", [(1, 1, 1, 1), (1, 0, 1, 0), (0, 1, 0, 1), (0, 0, 1, 0), (1, 0, 0, 0)])
+def test_chunks_give_every_gradient_that_is_wanted_and_no_other(wanted):
+    "`wanted`: sequence, vectors, scale and bias require a gradient or not."
+    sequence, vectors, target = problem()
+    inputs = sequence, vectors, torch.tensor(1.7, dtype=torch.float64), torch.linspace(-1, 1, 11, dtype=torch.float64)
+    results = []
+    for max_elements in (10**9, 22):
+        x = [each.clone().requires_grad_(bool(flag)) for each, flag in zip(inputs, wanted)]
+        loss = full_softmax_cross_entropy(x[0], x[1], target, .3, scaled_score, x[2:], max_elements)
+        loss.backward()
+        results.append((loss.detach(), [each.grad for each in x]))
+    (whole, whole_gradients), (chunked, gradients) = results
+    torch.testing.assert_close(chunked, whole, **CLOSE)
+    for flag, a, b in zip(wanted, whole_gradients, gradients):
+        assert (a is not None) == (b is not None) == bool(flag)
+        if flag: torch.testing.assert_close(b, a, **CLOSE)
+    if wanted[2]: assert gradients[2].abs() > 1e-3
+
+
+@pytest.mark.parametrize("rows_at_once", [2, 100])
+def test_gradients_equal_finite_differences(rows_at_once):
+    sequence, vectors, target = problem(T=5, N=6)
+    inputs = [x.requires_grad_() for x in (sequence, vectors, torch.tensor(1.3, dtype=torch.float64))]
+    function = lambda u, c, scale: full_softmax_cross_entropy(u, c, target, .5, lambda a, b, s: s * dot_score(a, b), (scale,),
+                                                             max_elements=6 * rows_at_once)
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_a_parameter_that_score_ignores_gets_nothing():
+    sequence, vectors, target = problem()
+    unused = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    loss = full_softmax_cross_entropy(sequence.requires_grad_(), vectors, target, 1.0, lambda u, c, _: dot_score(u, c), (unused,), 11)
+    loss.backward()
+    assert sequence.grad.abs().sum() > 0 and (unused.grad is None or not unused.grad.any())
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_scores_are_never_held_whole(with_gradients):
+    "300 x 200 scores, at most 1,000 at once: each chunk is freed before the next is made."
+    sequence, vectors, target = problem(T=300, N=200, dtype=torch.float32)
+    shapes, alive = [], []
+    class Recorded(torch.Tensor): pass
+    import weakref
+    def score(u, c):
+        assert not any(reference() is not None for reference in alive), "an earlier chunk is still held"
+        out = dot_score(u, c).as_subclass(Recorded)
+        shapes.append(tuple(out.shape))
+        alive.append(weakref.ref(out))
+        return out
+    with torch.set_grad_enabled(with_gradients):
+        loss = full_softmax_cross_entropy(sequence.requires_grad_(with_gradients), vectors, target, 1.0, score, max_elements=1000)
+    assert max(math.prod(shape) for shape in shapes) <= 1000 and sum(shape[0] for shape in shapes) == 300
+    torch.testing.assert_close(torch.as_tensor(loss).detach().as_subclass(torch.Tensor),
+                               full_softmax_cross_entropy(sequence, vectors, target).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_longer_than_the_limit_is_taken_alone():
+    sequence, vectors, target = problem()
+    shapes = []
+    def score(u, c):
+        shapes.append(tuple(u.shape))
+        return dot_score(u, c)
+    full_softmax_cross_entropy(sequence.requires_grad_(), vectors, target, 1.0, score, max_elements=5).backward()
+    assert [shape[0] for shape in shapes] == [1] * 7
+
+
+@pytest.mark.parametrize("max_elements", [1, 10**9])
+@pytest.mark.parametrize("temperature", [.05, 1.0, 3.0])
+def test_knowing_nothing_costs_log_v(temperature, max_elements):
+    sequence, _, target = problem(N=11)
+    vectors = torch.ones(11, 2, 3, dtype=torch.float64, requires_grad=True)
+    loss = full_softmax_cross_entropy(sequence, vectors, target, temperature, max_elements=max_elements)
+    assert loss.item() == pytest.approx(math.log(11), abs=1e-9)
+
+
+def test_sixteen_bits_are_scored_in_thirty_two():
+    sequence, vectors, target = problem(T=20, N=50)
+    narrow = [F.normalize(x, dim=-1).bfloat16().requires_grad_() for x in (sequence, vectors)]
+    wide = [x.detach().float() for x in narrow]
+    for max_elements in (10**9, 150):
+        loss = full_softmax_cross_entropy(*narrow, target, .07, max_elements=max_elements)
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(full_softmax_cross_entropy(*wide, target, .07).item(), rel=.02)
+        loss.backward()
+        assert narrow[0].grad.dtype == torch.bfloat16 and narrow[0].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("max_elements", [1, 10**9])
+def test_nothing_asked_and_wrong_sizes_are_errors(max_elements):
+    sequence, vectors, target = problem()
+    with pytest.raises(ValueError, match="no targets"):
+        full_softmax_cross_entropy(sequence[:0], vectors, target[:0], max_elements=max_elements)
+    with pytest.raises(ValueError, match=r"\(T\).*must be 7, got 6"):
+        full_softmax_cross_entropy(sequence, vectors, target[:-1], max_elements=max_elements)
