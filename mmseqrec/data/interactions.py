@@ -185,28 +185,33 @@ def _json_rows(content, name):
             if not isinstance(row, dict): raise ValueError(f"{name}, line {number}: not a JSON object {{...}}")
             yield number, row
 
+def _as_text(value): return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
 def _read_json_events(content, wanted, name):
     "Read some fields of many JSON lines as text."
     data = content if isinstance(content, bytes) else content.read_bytes()
     _check_columns(list(next(_json_rows(content, name))[1]), wanted, name)
     try: frame = pl.read_ndjson(data, schema=dict.fromkeys(wanted.values(), pl.String))
-    except pl.exceptions.PolarsError as error:
-        for _ in _json_rows(content, name): pass
-        raise ValueError(f"{name}: cannot be read ({error}); write one object a line") from None
+    except (pl.exceptions.PolarsError, RuntimeError): frame = None
+    numbers = None
+    if frame is None or any(column.null_count() for column in frame):
+        numbers, rows = zip(*_json_rows(content, name))
+        columns = {key: [_as_text(row.get(key)) for row in rows] for key in wanted.values()}
+        frame = pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String))
     def locate(row):
+        if numbers: return f"{name}, line {numbers[row]}"
         return f"{name}, line {next(line for k, (line, _) in enumerate(_json_rows(content, name)) if k == row)}"
     return Table(frame, name, locate)
 
 def _read_json_items(content, name):
     "Read all fields of JSON lines; a field that holds lists anywhere becomes a column of lists."
     numbers, rows = zip(*_json_rows(content, name))
-    text = lambda x: None if x is None else x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)
     columns = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         values = [row.get(key) for row in rows]
         nested = any(isinstance(value, list) for value in values)
-        if nested: values = [v if v is None else [text(x) for x in (v if isinstance(v, list) else [v])] for v in values]
-        else: values = [text(value) for value in values]
+        if nested: values = [v if v is None else [_as_text(x) for x in (v if isinstance(v, list) else [v])] for v in values]
+        else: values = [_as_text(value) for value in values]
         columns[key] = pl.Series(key, values, dtype=pl.List(pl.String) if nested else pl.String)
     return Table(pl.DataFrame(columns), name, lambda row: f"{name}, line {numbers[row]}")
 
@@ -248,7 +253,7 @@ def read_table(
         stream = lambda: io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")
         with stream() as file: _check_columns(list(pl.read_parquet_schema(file)), columns, name)
         with stream() as file: frame = pl.read_parquet(file, columns=list(columns.values()) if columns else None)
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         raise ValueError(f"{name}: damaged Parquet ({str(error).splitlines()[0]}); fetch or write it again") from None
     if frame.height == 0: raise ValueError(f"{name}: no rows; check how the file was written")
     return Table(frame, name, lambda row: f"{name}, row {row + 1}")
