@@ -117,7 +117,8 @@ class TrainableTowers(TwoTowers):
         "Compute the cross-entropy of the next items over the whole catalogue."
         items, sequence = self.encode_items(), self.encode_sequence(batch, batch.positions)
         score = lambda u, vectors: self.score(u, replace(items, vectors=vectors))
-        return {"loss": full_softmax_cross_entropy(sequence, items.vectors, batch.pos_item - 1, self.temperature, score)}
+        return {"loss": full_softmax_cross_entropy(sequence, items.vectors, batch.pos_item - 1, self.temperature,
+                                                   score)}
 
     def pretrain_loss(
         self,
@@ -187,6 +188,7 @@ def top_items(
         if exclude_seen:
             row = torch.arange(len(part)).repeat_interleave(torch.tensor([len(h) for h in part]))
             scores[row, torch.tensor([i for h in part for i in h]) - 1] = -torch.inf
+        if scores.isnan().any(): raise ValueError("scores hold NaN, which cannot be ranked: look at the model's weights")
         best = scores.topk(min(k, len(items)))
         best_ids.append(items.ids[best.indices].cpu())
         best_scores.append(best.values.cpu())
@@ -204,15 +206,17 @@ class Recommender(TrainableTowers, PyTorchModelHubMixin):
         "Rank the catalogue for each history. Raises `ValueError` before `set_catalogue` and for bad arguments."
         if self.catalogue is None: raise ValueError("there are no items to recommend: call set_catalogue first")
         if k < 1: raise ValueError(f"k must be at least 1, got {k}")
-        if isinstance(histories, str): raise ValueError("histories is one string; pass a list of lists of item tokens")
+        histories = list(histories)
+        if any(isinstance(history, str) for history in histories):
+            raise ValueError("histories must be a list of lists of item tokens; write recommend([history]) for one")
         tokens = [list(map(str, history)) for history in histories]
         rows = [[self._row_of[t] for t in history if t in self._row_of] for history in tokens]
         answers = [Recommendation([], [], [t for t in history if t not in self._row_of]) for history in tokens]
         known = [place for place, history in enumerate(rows) if history]
         if not known: return answers
         was_training = self.training
-        ids, scores = top_items(self.eval(), [rows[place] for place in known], k, exclude_seen)
-        self.train(was_training)
+        try: ids, scores = top_items(self.eval(), [rows[place] for place in known], k, exclude_seen)
+        finally: self.train(was_training)
         for place, some_ids, some_scores in zip(known, ids.tolist(), scores.tolist()):
             found = [(self.catalogue.item_tokens[i], s) for i, s in zip(some_ids, some_scores) if s > -torch.inf]
             answers[place].items.extend(t for t, _ in found)
@@ -230,10 +234,12 @@ class Recommender(TrainableTowers, PyTorchModelHubMixin):
         self,
         folder: str | Path,  # where to save; an older save there is replaced
         with_catalogue: bool = True,  # also write the items and their features
+        config: dict | None = None,  # ignored, like the next; `push_to_hub` passes both
+        model_card_kwargs: dict | None = None,  # ignored
     ) -> Path:  # the folder
         "Save sizes, weights and (by default) the catalogue."
         with atomic_folder(folder) as temporary:
-            write_json(temporary / "config.json", {**(self._hub_mixin_config or {}), "recommender": type(self).__name__})
+            write_json(temporary / "config.json", (self._hub_mixin_config or {}) | {"recommender": type(self).__name__})
             weights = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
             save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
             if with_catalogue and self.catalogue is not None: self.catalogue.save(temporary / "catalogue")
@@ -241,7 +247,7 @@ class Recommender(TrainableTowers, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id, revision=None, cache_dir=None, force_download=False, local_files_only=False,
-                         token=None, map_location="cpu", **sizes):
+                         token=None, map_location="cpu", proxies=None, resume_download=None, **sizes):
         "Build what `save_pretrained` wrote; `from_pretrained` calls this with the sizes of `config.json`."
         folder = Path(model_id) if os.path.isdir(model_id) else Path(huggingface_hub.snapshot_download(
             model_id, revision=revision, cache_dir=cache_dir, force_download=force_download, token=token,

@@ -1,0 +1,243 @@
+"Answers in tokens, embeddings that follow their items, folders and hub repositories that load again."
+import json
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import hub_mixin
+from torch import nn
+
+from mmseqrec.core import set_seed
+from mmseqrec.data.sequences import collate
+from mmseqrec.models.baselines import ContentSASRec, Popularity, SASRec
+from mmseqrec.recommender import (Items, Recommendation, Recommender, resize_item_embedding, take_positions, top_items)
+from small_world import SIZES, TEXT_SIZE, V, build, make_catalogue, weights
+
+
+# Pieces
+
+def test_items_are_cut_with_everything_that_belongs_to_them():
+    vectors, ids, absent = torch.randn(5, 2, 3), torch.arange(1, 6), torch.rand(5, 2) < .5
+    part = Items(vectors, ids, absent)[1:4]
+    assert len(part) == 3 and torch.equal(part.vectors, vectors[1:4]) and torch.equal(part.ids, ids[1:4])
+    assert torch.equal(part.missing_stream_mask, absent[1:4])
+    assert Items(vectors, ids)[:2].missing_stream_mask is None
+
+
+def test_take_positions_equals_loops():
+    batch = collate([[1, 2, 3], [4], [5, 6]], 10)
+    hidden = torch.randn(3, 3, 4)
+    last = torch.stack([hidden[row, length - 1] for row, length in enumerate(batch.item_seq_len.tolist())])
+    assert torch.equal(take_positions(hidden, batch), last)
+    asked = [(2, 1), (0, 0), (0, 2), (0, 0)]
+    found = take_positions(hidden, batch, torch.tensor([row * 3 + column for row, column in asked]))
+    assert torch.equal(found, torch.stack([hidden[row, column] for row, column in asked]))
+
+
+def test_resized_embedding_follows_tokens():
+    set_seed(0)
+    old = nn.Embedding(500, 64, padding_idx=0)
+    names = [f"t{i}" for i in range(500)]
+    new_names = ["[PAD]", *reversed(names[100:]), *(f"new{i}" for i in range(400))]
+    new = resize_item_embedding(old, names, new_names, std=.05)
+    for row, token in enumerate(new_names[1:401], 1): assert torch.equal(new.weight[row], old.weight[int(token[1:])]), token
+    fresh = new.weight[401:].detach()
+    assert fresh.std().item() == pytest.approx(.05, rel=.03) and abs(fresh.mean().item()) < .002
+    assert not new.weight[0].any() and new.padding_idx == 0 and new.weight.requires_grad
+    double = resize_item_embedding(old.double(), names, new_names)
+    assert double.weight.dtype == torch.float64
+
+
+def test_embedding_is_kept_where_nothing_changes():
+    old, tokens = nn.Embedding(3, 2, padding_idx=0), ["[PAD]", "a", "b"]
+    assert resize_item_embedding(old, tokens, list(tokens)) is old
+    assert resize_item_embedding(old, None, ["[PAD]", "x", "y"]) is old  # rows that belong to nobody yet
+    unowned = resize_item_embedding(old, None, ["[PAD]", "x", "y", "z"])
+    assert unowned.num_embeddings == 4 and not any(torch.equal(a, b) for a in unowned.weight[1:] for b in old.weight)
+    swapped = resize_item_embedding(old, tokens, ["[PAD]", "b", "a"])  # same size, other order
+    assert torch.equal(swapped.weight[1:], old.weight[1:].flip(0))
+
+
+class Fixed(Recommender):
+    "Scores given by a table, so that rankings can be checked by hand."
+    def __init__(self, n_items=6):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("table", torch.randn(n_items + 1, n_items + 1, generator=generator))
+
+    def encode_items(self, ids=None):
+        ids = torch.arange(1, len(self.table)) if ids is None else ids
+        return Items(torch.eye(len(self.table))[ids][:, None], ids)
+
+    def encode_sequence(self, batch, positions=None):
+        return take_positions(self.table[batch.item_seq], batch, positions)[:, None]
+
+
+@pytest.mark.parametrize("exclude_seen", [False, True])
+@pytest.mark.parametrize("max_elements", [1, 13, 1 << 24])
+def test_top_items_equal_sorted_lists(max_elements, exclude_seen):
+    model, rng = Fixed(40), np.random.default_rng(0)
+    histories = [rng.integers(1, 41, rng.integers(1, 12)).tolist() for _ in range(15)]
+    ids, best = top_items(model, histories, 7, exclude_seen, max_elements)
+    for history, row_ids, row_best in zip(histories, ids.tolist(), best.tolist()):
+        order = sorted(range(1, 41), key=lambda i: -model.table[history[-1], i].item())
+        if exclude_seen: order = [i for i in order if i not in history]
+        assert row_ids == order[:7]
+        np.testing.assert_allclose(row_best, [model.table[history[-1], i].item() for i in order[:7]])
+
+
+# Answers
+
+@pytest.fixture()
+def model():
+    return Fixed(6).set_catalogue(make_catalogue(6, whole=True))
+
+
+def names(rows): return [f"item-{row}" for row in rows]
+
+
+def test_unknown_items_and_empty_histories(model):
+    answers = model.recommend([names([2, 5]), [], ["?"], ["item-3", "?", "!", "?"], ("item-4",)], k=3)
+    assert [a.unknown for a in answers] == [[], [], ["?"], ["?", "!", "?"], []]
+    assert answers[1] == Recommendation([], [], []) and answers[2] == Recommendation([], [], ["?"])
+    for answer, last in ((answers[0], 5), (answers[3], 3), (answers[4], 4)):
+        assert answer.items == names((model.table[last, 1:].argsort(descending=True) + 1).tolist()[:3])
+    assert model.recommend([]) == [] and model.recommend([[], ["?"]])[1].unknown == ["?"]
+    assert model.recommend(iter([names([2, 5])]), k=3) == answers[:1]
+
+
+def test_padding_is_not_an_item(model):
+    answer, = model.recommend([["[PAD]", "item-1"]], k=10)
+    assert answer.unknown == ["[PAD]"] and "[PAD]" not in answer.items
+
+
+def test_numbers_may_stand_for_their_names():
+    catalogue = make_catalogue(3, whole=True)
+    catalogue.item_tokens[1:] = ["10", "20", "30"]
+    assert Fixed(3).set_catalogue(catalogue).recommend([[10, 20]], k=1)[0].unknown == []
+
+
+def test_more_than_there_is(model):
+    assert len(model.recommend([names([1])], k=100)[0].items) == 6
+    answer, = model.recommend([names([1, 2, 2, 6])], k=100, exclude_seen=True)
+    assert sorted(answer.items) == names([3, 4, 5]) and len(answer.scores) == 3
+    answer, = model.recommend([names([1, 2, 3, 4, 5, 6])], exclude_seen=True)
+    assert answer.items == [] and answer.scores == []
+
+
+@pytest.mark.parametrize("histories", ["item-1", ["item-1", "item-2"], [["item-1"], "item-2"]])
+def test_a_string_is_not_a_history(model, histories):
+    "The easiest mistake: one history instead of a list of histories."
+    with pytest.raises(ValueError, match="list of lists"): model.recommend(histories)
+
+
+def test_bad_questions(model):
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"): model.recommend([["item-1"]], k=0)
+    with pytest.raises(ValueError, match="call set_catalogue first"): SASRec(**SIZES).recommend([["item-1"]])
+
+
+def test_scores_that_are_no_numbers_are_not_ranked(model):
+    model.table[2] = torch.nan
+    with pytest.raises(ValueError, match="NaN"): model.recommend([names([2])])
+
+
+def test_mode_is_restored_after_an_error(model):
+    "`recommend` in training that fails leaves the model in training."
+    model.train()
+    model.table = model.table[:, :4]
+    with pytest.raises((RuntimeError, ValueError)): model.recommend([names([2])])
+    assert model.training
+
+
+# Saving
+
+def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
+    model, folder = build("content_both"), tmp_path / "saved"
+    model.save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    import mmseqrec.recommender
+    def full(*_, **__): raise OSError("no space left on device")
+    monkeypatch.setattr(mmseqrec.recommender, "save_file", full)
+    with pytest.raises(OSError, match="no space"): model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_sizes_follow_the_catalogue(tmp_path):
+    model = SASRec(**SIZES).set_catalogue(make_catalogue(7, whole=True))
+    model.set_catalogue(make_catalogue(9, whole=True)).save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    assert config["n_items"] == 9 and config["hidden_size"] == 16 and config["recommender"] == "SASRec"
+    assert SASRec.from_pretrained(tmp_path / "saved").item_emb.num_embeddings == 10
+
+
+def test_two_models_do_not_share_their_sizes():
+    first, second = (SASRec(**SIZES).set_catalogue(make_catalogue(n, whole=True)) for n in (7, 9))
+    assert (first._hub_mixin_config["n_items"], second._hub_mixin_config["n_items"]) == (7, 9)
+
+
+def test_missing_files_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((FileNotFoundError, ValueError), match="config.json"): SASRec.from_pretrained(tmp_path / "empty")
+    build("sasrec").save_pretrained(tmp_path / "lame")
+    (tmp_path / "lame/model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors"): SASRec.from_pretrained(tmp_path / "lame")
+
+
+# The hub
+
+@pytest.fixture()
+def hub(tmp_path, monkeypatch):
+    "A hub of one repository, `shop/model`, that records what it is asked."
+    model, asked = build("content_both"), []
+    model.save_pretrained(tmp_path / "hub")
+    def one(repo_id, filename, **options):
+        asked.append((repo_id, filename, options))
+        return str(tmp_path / "hub" / filename)
+    def snapshot(repo_id, **options):
+        asked.append((repo_id, None, options))
+        return str(tmp_path / "hub")
+    monkeypatch.setattr(hub_mixin, "hf_hub_download", one)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return model, asked
+
+
+def test_a_repository_loads_like_a_folder(hub):
+    model, asked = hub
+    again = ContentSASRec.from_pretrained("shop/model", revision="v1", token=False)
+    question = [["item-1", "item-2"]]
+    assert again.recommend(question) == model.recommend(question)
+    repo_id, _, options = asked[-1]
+    assert repo_id == "shop/model" and options["revision"] == "v1" and options["token"] is False
+    assert set(options["allow_patterns"]) == {"*.safetensors", "*.json"}, "nothing that could be a pickle is fetched"
+
+
+def test_older_hub_libraries_pass_more_arguments(hub):
+    "huggingface_hub below 1.0 hands `proxies` and `resume_download` to `_from_pretrained`."
+    model, _ = hub
+    sizes = {key: value for key, value in model._hub_mixin_config.items()}
+    again = ContentSASRec._from_pretrained(model_id="shop/model", revision=None, cache_dir=None, force_download=False,
+                                           proxies=None, resume_download=None, local_files_only=False, token=None, **sizes)
+    assert again.recommend([["item-1"]]) == model.recommend([["item-1"]])
+
+
+def test_push_to_hub_uploads_what_save_writes(monkeypatch, tmp_path):
+    model, seen = build("content_text"), {}
+    class Api:
+        def __init__(self, **_): pass
+        def create_repo(self, repo_id, **_): return type("Url", (), {"repo_id": repo_id})
+        def upload_folder(self, folder_path, **_):
+            seen.update({path.name: path.read_bytes() for path in folder_path.rglob("*") if path.is_file()})
+            return "url"
+    monkeypatch.setattr(hub_mixin, "HfApi", Api)
+    assert model.push_to_hub("shop/model") == "url"
+    model.save_pretrained(tmp_path / "saved")
+    assert seen == {path.name: path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+
+
+def test_sizes_can_be_overruled_only_by_what_fits(tmp_path):
+    build("content_text").save_pretrained(tmp_path / "saved")
+    again = ContentSASRec.from_pretrained(tmp_path / "saved", dropout=.5)
+    assert again.encoder.dropout.p == .5 and again.max_len == 10
+    with pytest.raises(RuntimeError, match="size mismatch"): ContentSASRec.from_pretrained(tmp_path / "saved", hidden_size=32)
