@@ -210,7 +210,9 @@ def _read_json_items(content, name):
     for key in dict.fromkeys(key for row in rows for key in row):
         values = [row.get(key) for row in rows]
         nested = any(isinstance(value, list) for value in values)
-        if nested: values = [v if v is None else [_as_text(x) for x in (v if isinstance(v, list) else [v])] for v in values]
+        if nested:
+            lists = (v if v is None or isinstance(v, list) else [v] for v in values)
+            values = [v if v is None else [_as_text(x) for x in v] for v in lists]
         else: values = [_as_text(value) for value in values]
         columns[key] = pl.Series(key, values, dtype=pl.List(pl.String) if nested else pl.String)
     return Table(pl.DataFrame(columns), name, lambda row: f"{name}, line {numbers[row]}")
