@@ -56,9 +56,12 @@ def atomic_folder(
         yield temporary
         if path.exists(): os.replace(path, old)
         os.replace(temporary, path)
+    except BaseException:
+        if old.exists() and not path.exists(): os.replace(old, path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if path.exists(): shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/01_artifacts.ipynb #json-io
 def write_json(
@@ -87,7 +90,7 @@ def fingerprint(
     "Digest `parts`; dictionaries count as equal whatever the order of their keys."
     digest = hashlib.sha256()
     def add(part):
-        if isinstance(part, np.ndarray):
+        if isinstance(part, np.ndarray) and not part.dtype.hasobject:
             add(["array", str(part.dtype), list(part.shape)])
             digest.update(np.ascontiguousarray(part).data)
         elif isinstance(part, dict): add(["dict", *([key, part[key]] for key in sorted(part, key=str))])

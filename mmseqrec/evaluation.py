@@ -125,9 +125,8 @@ def evaluate(
     items = model.encode_items()
     ranks, top = np.zeros(len(events)), np.zeros((len(events), min(n_top, len(items))), np.int64)
     for batch in tqdm(evaluation_batches(store, stage, batch_size, model.max_len), "ranking", disable=not progress):
-        seen = None
-        if exclude_seen: seen = tuple(torch.from_numpy(x).to(device) for x in store.seen_items(events[batch.row.numpy()]))
-        row = batch.row.numpy()
+        row, seen = batch.row.numpy(), None
+        if exclude_seen: seen = tuple(torch.from_numpy(x).to(device) for x in store.seen_items(events[row]))
         batch_ranks, batch_top = rank_batch(model, items, batch.to(device), seen, n_top, max_elements)
         ranks[row], top[row] = batch_ranks.cpu().numpy(), batch_top.cpu().numpy()
     model.train(was_training)

@@ -107,7 +107,9 @@ def plot_heatmap(
     values = np.asarray(values)
     rows, columns = values.shape
     ax = _axes(ax, title, xlabel, ylabel, figsize=(min(1.6 + .45 * columns, 9), min(1.1 + .32 * rows, 7)))
-    sns.heatmap(values, ax=ax, cmap="vlag" if center is not None else "Blues", center=center, square=False,
+    span = None if center is None else np.nanmax(np.abs(values - center), initial=1e-12)
+    limits = {} if span is None else {"vmin": center - span, "vmax": center + span}
+    sns.heatmap(values, ax=ax, cmap="Blues" if center is None else "vlag", **limits,
                 annot=digits is not None, fmt=f".{digits or 0}f", annot_kws={"size": 7.5}, linewidths=.4,
                 xticklabels=column_names if column_names is not None else "auto",
                 yticklabels=row_names if row_names is not None else "auto", cbar_kws={"shrink": .8})

@@ -174,12 +174,12 @@ def _pattern(name: str) -> Image.Image:
     "Draw a pattern's mask on the sheet (white: accent)."
     y, x = np.mgrid[0:_SHEET, 0:_SHEET] * (100 / _SHEET)
     triangle = lambda t: np.abs(t % 1 - 0.5) * 2
-    mask = {"plain": x < 0, "striped": x % 14 < 6, "two-tone": y > 56,
-            "dotted": (x % 14 - 7) ** 2 + (y % 14 - 7) ** 2 < 13,
-            "checked": (x // 9 + y // 9) % 2 == 0,
-            "zigzag": (y + 7 * triangle(x / 14)) % 14 < 5.5,
-            "wavy": (y + 3.2 * np.sin(x * 2 * np.pi / 26)) % 13 < 4}[name]
-    return Image.fromarray((mask * 255).astype(np.uint8))
+    accent = {"plain": x < 0, "striped": x % 14 < 6, "two-tone": y > 56,
+              "dotted": (x % 14 - 7) ** 2 + (y % 14 - 7) ** 2 < 13,
+              "checked": (x // 9 + y // 9) % 2 == 0,
+              "zigzag": (y + 7 * triangle(x / 14)) % 14 < 5.5,
+              "wavy": (y + 3.2 * np.sin(x * 2 * np.pi / 26)) % 13 < 4}[name]
+    return Image.fromarray((accent * 255).astype(np.uint8))
 
 # %% ../../nbs/10_data.synthetic.ipynb #texture-masks
 @lru_cache(maxsize=None)
@@ -788,7 +788,7 @@ def _shop_tables(domain: str, n_users: int, n_items: int, n_interests: int, puri
     return interactions, items, attributes, causes, *_planted_tables(domain, n_users, users, probabilities)
 
 # %% ../../nbs/10_data.synthetic.ipynb #make-marketplace
-def make_marketplace(domains: tuple[str, ...] = ("kitchen", "wardrobe", "toys"),
+def make_marketplace(domains: tuple[str, ...] = ("kitchen", "wardrobe", "toys"),  # shops to open, or one name
                      n_users: int = 3000,          # customers of each domain, at least 1
                      n_items: int = 500,           # items of each domain, at least 8
                      seed: int = 0,                # any whole number; the same seed gives the same marketplace

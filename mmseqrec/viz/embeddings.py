@@ -40,7 +40,8 @@ def umap_2d(
 ) -> np.ndarray:  # `[N, 2]`
     "Project so that nearest neighbours (by cosine) stay near."
     from umap import UMAP  # takes seconds to import: only who asks for it waits
-    reducer = UMAP(n_neighbors=min(n_neighbors, len(x) - 1), min_dist=min_dist, metric="cosine", random_state=seed, n_jobs=1)
+    reducer = UMAP(n_neighbors=min(n_neighbors, len(x) - 1), min_dist=min_dist, metric="cosine", random_state=seed,
+                   n_jobs=1)
     return reducer.fit_transform(np.asarray(x, np.float32))
 
 # %% ../../nbs/44_viz.embeddings.ipynb #plot-map
@@ -107,7 +108,7 @@ def plot_picture_map(
 def modality_gap(
     text_emb: np.ndarray,  # `[N, D]`
     image_emb: np.ndarray,  # `[N, D]`, the same space
-) -> dict[str, float]:  # `"gap"` 0 to 2, and mean cosines: `"matching"` pairs, `"other"` pairs, `"text"`, `"image"` within
+) -> dict[str, float]:  # `"gap"` 0 to 2, and mean cosines of `"matching"` and `"other"` pairs, of texts, of pictures
     "Measure how far texts and pictures lie apart, after scaling all vectors to length one."
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
     t, i = unit(np.asarray(text_emb, float)), unit(np.asarray(image_emb, float))
