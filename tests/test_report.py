@@ -1,0 +1,270 @@
+"The report: one file that loads nothing, shows text from outside as text, and is the same for the same run."
+import dataclasses
+import html.parser
+import re
+import shutil
+import subprocess
+
+import matplotlib.pyplot as plt
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+from mmseqrec.data.interactions import interaction_statistics, leave_one_out, make_interactions
+from mmseqrec.data.items import ItemTable
+from mmseqrec.data.sequences import TEST, SequenceStore
+from mmseqrec.evaluation import Evaluation, compare
+from mmseqrec.experiments import Result, Run, RunConfig, RunData
+from mmseqrec.features.encoders import catalogue_from_arrays
+from mmseqrec.report import (best_baseline, choose_examples, data_sections, data_uri, escape, example_html, figure_html,
+                             format_number, format_seconds, headline, item_keywords, map_vectors, one_seed_note,
+                             paired_difference, plot_loss, plot_validation, report_html, result_sections, system_summaries,
+                             systems_html, thumbnail, write_report)
+from mmseqrec.training import History
+
+EVIL = '<script>alert("x")</script> & <b>cheap</b>'
+
+
+def make_run(folder, n_users=60, n_items=40, seeds=(0,), features="both", systems=("popularity", "markov", "sasrec"),
+             **config):
+    "A run whose ranks are drawn at random; a third of the items lack a picture, one has a dangerous title."
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(n_users), rng.integers(4, 15, n_users))
+    interactions = make_interactions(pl.Series([f"u<{u}>" for u in user]),
+                                     pl.Series([f"i{i}" for i in rng.integers(0, n_items, len(user))]),
+                                     np.arange(len(user)), source="made up")
+    split = leave_one_out(interactions)
+    store, V = SequenceStore.from_split(split), interactions.n_items
+    tokens, images = interactions.item_tokens, [[]]
+    for row in range(1, V + 1):
+        path = folder / f"{row}.png"
+        if row % 3: Image.fromarray(rng.integers(0, 255, (40, 30, 3), np.uint8)).save(path)
+        images.append([path] if row % 3 else [])
+    texts = [[], [EVIL], *([f"A {('red', 'blue')[row % 2]} thing {tokens[row]}."] for row in range(2, V)), []]
+    arrays = {"text_emb": rng.standard_normal((V, 6)), "image_emb": rng.standard_normal((V, 4))}
+    kept = {name: x for name, x in arrays.items() if features == "both" or name.startswith(features)}
+    data = RunData(f"made up {EVIL}", interactions, split, store, ItemTable(tokens, texts, images),
+                   catalogue_from_arrays(tokens[1:], **kept), interaction_statistics(interactions),
+                   [f"A note {EVIL}"], {"raw": 1.})
+    events, results = store.rows(TEST), []
+    for place, system in enumerate(systems):
+        learned = system not in ("popularity", "markov")
+        for seed in seeds if learned else seeds[:1]:
+            ranks = rng.integers(1, V + 1 - 8 * place, len(events)).astype(float)
+            top = np.argsort(rng.random((len(events), V)), 1)[:, :10] + 1
+            epochs = [{"epoch": e, **({"loss": 3. - e} if learned else {}), "ndcg@10": .1 + .01 * e, "seconds": .5}
+                      for e in range(3 if learned else 1)]
+            history = History(epochs=epochs, best_value=epochs[-1]["ndcg@10"], best_epoch=len(epochs) - 1, finished=True)
+            evaluation = Evaluation(ranks, store.items[events].astype(np.int64), store.user[events],
+                                    store.history_length(events), top, V)
+            results.append(Result(system, seed, evaluation, history, {}, 1.5, .1, 1234 * learned, folder))
+    config = RunConfig(systems=systems, seeds=seeds, device="cpu", **config)
+    return Run(config, data, results, folder, {"raw": 1., "training": 75.}, {"time": "2030-01-01T00:00:00Z", "python": "3"})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory): return make_run(tmp_path_factory.mktemp("run"))
+
+@pytest.fixture(scope="module")
+def page(run): return report_html(run, f"mmseqrec run --items '{EVIL}'", n_examples=2)
+
+
+class Checker(html.parser.HTMLParser):
+    "Collects tags, attributes and visible text; every tag that is opened must be closed in order."
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.addresses, self.text, self.handlers, self.ids = [], [], [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in ("meta", "img"): self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "action", "poster"): self.addresses.append(value)
+            if name.startswith("on"): self.handlers.append(name)
+            if name == "id": self.ids.append(value)
+            if tag == "img" and name == "alt": assert value
+
+    def handle_endtag(self, tag): assert self.open.pop() == tag
+
+    def handle_data(self, data): self.text.append(data)
+
+@pytest.fixture(scope="module")
+def checked(page):
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    return checker
+
+
+# Self-contained and safe
+
+def test_the_page_loads_nothing(page, checked):
+    assert not {"script", "link", "iframe", "object", "embed"} & set(checked.tags) and not checked.handlers
+    assert all(re.match(r"data:image/(png|jpeg);base64,|#", address) for address in checked.addresses)
+    assert "@import" not in page and "url(" not in page
+
+def test_links_of_the_page_lead_to_its_sections(checked):
+    links = [address[1:] for address in checked.addresses if address.startswith("#")]
+    assert links == checked.ids and len(set(links)) == 9
+
+def test_text_from_outside_is_text(page, checked):
+    assert "<script" not in page and "<b>cheap" not in page
+    text = "".join(checked.text)
+    assert text.count(EVIL) >= 5  # source (twice), note, command (twice); the title where its card has no picture
+    assert "u<" in text
+
+def test_the_same_run_gives_the_same_bytes(run, page, tmp_path):
+    before = dict(plt.rcParams)
+    path = write_report(run, tmp_path / "r" / "report.html", f"mmseqrec run --items '{EVIL}'", n_examples=2)
+    assert path.read_text(encoding="utf-8") == page and [p.name for p in path.parent.iterdir()] == ["report.html"]
+    assert plt.get_fignums() == [] and {k: v for k, v in plt.rcParams.items() if v != before[k]} == {}
+
+def test_a_failed_report_leaves_the_old_one(run, tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    monkeypatch.setattr("mmseqrec.report.result_sections", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError): write_report(run, path)
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+def test_the_page_is_small(page): assert len(page) < 5e6
+
+
+# What it says
+
+def test_one_seed_is_not_a_ranking(run, page, tmp_path):
+    assert "One seed: not a ranking." in page and "seeds ±" not in page
+    several = make_run(tmp_path, seeds=(0, 1), systems=("popularity", "sasrec"))
+    text = systems_html(several, system_summaries(several))
+    assert one_seed_note(several) == "" and text.count("seeds ±") == 2 and "seeds ±0.000" not in text
+
+def test_every_system_and_metric_stands_in_the_table(page):
+    for name in ("Popularity", "First-order Markov", "SASRec over IDs", *(f"{m}@{k}" for m in ("Recall", "NDCG", "MRR")
+                                                                          for k in (10, 20, 50))): assert f">{name}<" in page
+
+def test_numbers_are_those_of_the_evaluation(run):
+    systems = system_summaries(run)
+    for system, result in zip(systems, run.results):
+        summary = system.summary("ndcg@10")
+        assert summary["value"] == pytest.approx(result.evaluation.metrics()["ndcg@10"])
+        assert (summary["low"], summary["high"]) == result.evaluation.interval("ndcg@10") and summary["spread"] is None
+    assert paired_difference(systems[2], systems[1]) == compare(run.results[2].evaluation, run.results[1].evaluation)
+
+def test_seeds_are_averaged_by_user(tmp_path):
+    run = make_run(tmp_path, seeds=(0, 1, 2), systems=("markov", "sasrec"))
+    system = system_summaries(run)[1]
+    values = [r.evaluation.values("recall@10") for r in system.results]
+    np.testing.assert_allclose(system.values("recall@10"), (values[0] + values[1] + values[2]) / 3)
+    assert system.summary("recall@10")["spread"] == pytest.approx(np.std([v.mean() for v in values], ddof=1))
+
+def test_the_headline_names_the_better_baseline(run, tmp_path):
+    systems = system_summaries(run)
+    simple = {s.key: s.values("ndcg@10").mean() for s in systems[:2]}
+    assert best_baseline(systems).key == max(simple, key=simple.get)
+    assert "SASRec over IDs" in headline(run, systems)
+    assert "No other system is ahead" in headline(run, systems[:2])
+    alone = make_run(tmp_path, systems=("sasrec",))
+    assert best_baseline(system_summaries(alone)) is None
+    assert "<td>–</td>" in systems_html(alone, system_summaries(alone))
+
+def test_curves_of_a_run_without_training(tmp_path):
+    systems = system_summaries(make_run(tmp_path, systems=("popularity", "markov")))
+    assert "no system of this run is trained" in [text.get_text() for text in plot_loss(systems).texts]
+    assert len(plot_validation(systems).lines) == 2
+    plt.close("all")
+
+@pytest.mark.parametrize("features", ["text", "image", "none"])
+def test_a_modality_may_be_missing(features, tmp_path):
+    run = make_run(tmp_path, features=features)
+    sections = data_sections(run, system_summaries(run), n_examples=1)
+    assert ("Map of the items" in sections) == (features != "none")
+    plt.close("all")
+
+def test_recall_at_10_as_the_metric_is_drawn_once(tmp_path):
+    run = make_run(tmp_path, metric="recall@10", systems=("popularity",))
+    assert result_sections(run, system_summaries(run))["Systems"].count("<figure>") == 1
+    plt.close("all")
+
+
+# Examples
+
+def test_examples_hold_history_target_and_lists(run):
+    systems = system_summaries(run)
+    row = choose_examples(systems, 1)[0]
+    text, target = example_html(run, systems, row), int(systems[0].pos_item[row])
+    assert text.count('class="strip') == 1 + len(systems)
+    hits = sum(target in r.evaluation.top_items[row] for r in run.results)
+    assert text.count("card framed") == 1 + hits
+    history = run.data.store.history_length(run.data.store.rows(TEST))[row]
+    assert len(re.findall('class="card( framed)?"', text)) == min(history, 9) + 1 + 10 * len(systems)
+    assert f"{history} items" in text
+
+def test_examples_are_half_hits(run):
+    systems = system_summaries(run)
+    best = np.min([r.evaluation.ranks for r in run.results], axis=0)
+    rows = choose_examples(systems, 6)
+    assert len(set(rows)) == 6 and (best[rows] <= 10).tolist() == [True] * 3 + [False] * 3
+    assert len(set(choose_examples(systems, 1000))) == len(best)
+
+def test_an_item_without_picture_shows_its_title(run, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG nothing")
+    assert thumbnail(broken) is None and thumbnail(tmp_path / "absent.png") is None
+    images = [[broken] * bool(row) for row in range(len(run.data.items.item_tokens))]
+    items = dataclasses.replace(run.data.items, images=images)
+    text = example_html(dataclasses.replace(run, data=dataclasses.replace(run.data, items=items)), system_summaries(run), 0)
+    assert "<img" not in text and "<span>A " in text
+
+
+# Parts
+
+def test_map_vectors_are_normalised_and_zero_where_missing(run):
+    x = map_vectors(run.data.catalogue)
+    np.testing.assert_allclose(np.linalg.norm(x[:, :6], axis=1), 1)
+    part = catalogue_from_arrays(["a", "b", "c"], text_emb=np.array([[1., 2], [0, 0], [5, 1]]), image_emb=np.eye(3))
+    assert (map_vectors(part)[1, :2] == 0).all()
+
+def test_keywords_name_groups_that_lie_together():
+    texts = [[f"A {kind} number {n}"] for kind in ("pan", "mug", "box") for n in range(20)]
+    vectors = np.repeat(np.eye(3), 20, axis=0) - 1 / 3
+    assert item_keywords(texts, vectors, 3) == [kind for kind in ("pan", "mug", "box") for _ in range(20)]
+    assert set(item_keywords([[] for _ in range(5)], np.eye(5))) == {"other"}
+    films = [[f"{chr(97 + n) * 4}", f"A {('comedy', 'drama', 'horror')[n % 3]}."] for n in range(24)]
+    assert set(item_keywords(films, np.eye(3)[np.arange(24) % 3])) == {"comedy", "drama", "horror"}
+
+def test_a_picture_survives_as_text(tmp_path):
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "a.png")
+    assert data_uri(thumbnail(tmp_path / "a.png")).startswith("data:image/")
+    assert thumbnail(tmp_path / "a.png") == thumbnail(tmp_path / "a.png")
+
+def test_figures_are_closed_and_described():
+    figure, ax = plt.subplots()
+    text = figure_html(ax, 'Left "good" & <right>')
+    assert 'alt="Left &quot;good&quot; &amp; &lt;right&gt;"' in text and not plt.fignum_exists(figure.number)
+
+def test_numbers_and_times_are_written_for_people():
+    assert format_number(-.0214, "+") == "\u22120.021" and format_number(.5, "+") == "+0.500"
+    assert [format_seconds(s) for s in (.04, 9.94, 10, 59.4, 3601)] == ["0.0 s", "9.9 s", "10 s", "59 s", "60 min 1 s"]
+    assert escape("<&>\"'") == "&lt;&amp;&gt;&quot;&#x27;"
+
+
+# In a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to look at the page with")
+@pytest.mark.parametrize("width", [1280, 500])  # headless Chromium has no narrower window
+def test_a_browser_draws_it(page, tmp_path, width):
+    "The page is drawn, is not wider than the window, and its pictures are decoded."
+    probe = ("<script>addEventListener('load',()=>{const d=document.documentElement;const broken=[...document.images]"
+             ".filter(i=>!i.naturalWidth).length;document.title=[d.scrollWidth-d.clientWidth,broken,document.images.length]})"
+             "</script></body>")
+    (tmp_path / "page.html").write_text(page.replace("</body>", probe), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking " \
+            "--disable-component-update --disable-sync --hide-scrollbars --dump-dom"
+    ran = subprocess.run([CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
+                          (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120)
+    found = re.search(r"<title>(-?\d+),(\d+),(\d+)</title>", ran.stdout)
+    assert found, ran.stderr[-2000:]
+    wider, broken, images = map(int, found.groups())
+    assert wider <= 0 and broken == 0 and images > 20
