@@ -9,6 +9,7 @@ __all__ = ['rank_batch', 'Evaluation', 'user_means', 'evaluate', 'quantile_group
            'history_groups', 'plot_slices', 'compare']
 
 # %% ../nbs/42_evaluation.ipynb #imports
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .data.sequences import TEST, Batch, SequenceStore, evaluation_batches
 from .figures import COLORS, plot_bars
-from .metrics import (bootstrap_interval, count_better, coverage_at_k, metric_table, mrr, ndcg_at_k, novelty,
+from .metrics import (bootstrap_interval, count_better, coverage_at_k, mrr, ndcg_at_k, novelty,
                               paired_test, ranks_from_counts, recall_at_k)
 from .recommender import Items, Recommender
 
@@ -75,8 +76,9 @@ class Evaluation:
         self,
         ks: Sequence[int] = (5, 10, 20, 50),  # lengths of the list
     ) -> dict[str, float]:  # `"recall@5"`, `"ndcg@5"`, ..., `"mrr"`
-        "Average the metrics over all rows."
-        return metric_table(torch.from_numpy(self.ranks), ks)
+        "Average the metrics over users; each counts once, however many rows it has."
+        names = [f"{name}@{k}" for k in ks for name in ("recall", "ndcg")] + ["mrr"]
+        return {name: float(user_means(self.values(name), self.user).mean()) for name in names}
 
     def interval(
         self,
@@ -154,8 +156,9 @@ def slice_table(
     "Average a metric within groups of rows, with 95 % intervals over users."
     values, table = evaluation.values(metric), {}
     for name, rows in groups.items():
-        low, high = bootstrap_interval(user_means(values[rows], evaluation.user[rows]))
-        table[name] = {"rows": int(rows.sum()), "value": float(values[rows].mean()), "low": low, "high": high}
+        means = user_means(values[rows], evaluation.user[rows])
+        low, high = bootstrap_interval(means)
+        table[name] = {"rows": int(rows.sum()), "value": float(means.mean()), "low": low, "high": high}
     return table
 
 def popularity_groups(
@@ -187,13 +190,14 @@ def plot_slices(
     place = np.arange(len(groups))
     for number, (system, table) in enumerate(tables.items()):
         value, low, high = (np.array([table[g][key] for g in groups]) for key in ("value", "low", "high"))
-        ax.errorbar(place + .8 * ((number + .5) / len(tables) - .5), value, [value - low, high - value], fmt="o",
-                    markersize=5, capsize=2.5, elinewidth=1.2, label=system, color=(colors or {}).get(system))
+        bars = np.stack([value - low, high - value]).clip(0)  # equal numbers may differ in the last digit
+        ax.errorbar(place + .8 * ((number + .5) / len(tables) - .5), value, bars, fmt="o", markersize=5,
+                    capsize=2.5, elinewidth=1.2, label=system, color=(colors or {}).get(system))
     for border in place[1:] - .5: ax.axvline(border, color=COLORS["neutral"], linewidth=.8)
     n_rows = [next(iter(tables.values()))[g]["rows"] for g in groups]
     ax.set(title=title, ylabel=ylabel, xlim=(-.5, len(groups) - .5))
     ax.set_ylim(bottom=0)
-    ax.set_xticks(place, [f"{g}\n({n:,} rows)" for g, n in zip(groups, n_rows)])
+    ax.set_xticks(place, [f"{textwrap.fill(g, 16)}\n({n:,} rows)" for g, n in zip(groups, n_rows)])
     ax.grid(axis="x", visible=False)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .artifacts import atomic_path, fingerprint
 from .core import derive_seed, get_device, get_precision, set_seed
 from .data.sequences import TRAIN, VALID, Batch, Batches, SequenceStore, position_batches, prefix_batches
-from .evaluation import evaluate
+from .evaluation import evaluate, user_means
 from .figures import COLORS
 from .recommender import Recommender
 
@@ -104,10 +104,11 @@ def load_checkpoint(
     "Restore a run. Raises `ValueError` if the file belongs to a run with other settings or is damaged."
     try:
         with safe_open(path, "pt") as file:
-            header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+            header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        history, scaler, found = History(**json.loads(header["history"])), json.loads(header["scaler"]), header["mark"]
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint ({error}); delete it to start anew") from None
-    if header["mark"] != mark:
+    if found != mark:
         raise ValueError(f"{path} belongs to a run with other data or settings; delete it or choose another path")
     def group(name): return {key[len(name):]: x for key, x in tensors.items() if key.startswith(name)}
     model.load_state_dict(group("model."))
@@ -120,7 +121,7 @@ def load_checkpoint(
     torch.set_rng_state(tensors["rng.cpu"])
     for i, x in group("rng.cuda.").items():
         if int(i) < torch.cuda.device_count(): torch.cuda.set_rng_state(x, int(i))
-    return History(**json.loads(header["history"])), group("best."), json.loads(header["scaler"])
+    return history, group("best."), scaler
 
 # %% ../nbs/43_training.ipynb #train-step
 def _train_step(accelerator, model, optimizer, batch, phase, max_grad_norm, history):
@@ -203,7 +204,7 @@ def fit(
         if history.note_epoch(value): best = {name: x.detach().clone() for name, x in model.state_dict().items()}
         history.finished = history.epoch - history.best_epoch > patience
         save()
-    model.load_state_dict(best)
+    if best: model.load_state_dict(best)
     model.eval()
     return history
 
@@ -227,7 +228,9 @@ def _train_epoch(accelerator, wrapped, model, optimizer, store, history, epochs,
 
 def _validate(model, store, metric):
     "Rank the validation events, if there are any."
-    return float(evaluate(model, store, VALID).values(metric).mean()) if len(store.rows(VALID)) else None
+    if not len(store.rows(VALID)): return None
+    evaluation = evaluate(model, store, VALID)
+    return float(user_means(evaluation.values(metric), evaluation.user).mean())
 
 def _count_once(model, store, metric):
     "Let a model without parameters count, and validate it."
@@ -241,10 +244,12 @@ def run_identity(
     model: Recommender,
     store: SequenceStore,
 ) -> str:  # 16 hexadecimal digits
-    "Take a fingerprint of the model's kind, its weights' shapes, its items and the events it is trained on."
-    shapes = {name: list(x.shape) for name, x in model.state_dict().items()}
-    return fingerprint(type(model).__name__, shapes, list(model.catalogue.item_tokens), store.items, store.offsets,
-                       store.stage)
+    "Take a fingerprint of the model's kind, sizes and features, its items, and the events it is trained on."
+    weights = model.state_dict()
+    shapes = {name: list(x.shape) for name, x in weights.items()}
+    features = {name: x.float().cpu().numpy() for name, x in model.named_buffers() if name not in weights}
+    return fingerprint(type(model).__name__, model._hub_mixin_config or {}, shapes, features,
+                       list(model.catalogue.item_tokens), store.items, store.offsets, store.stage)
 
 # %% ../nbs/43_training.ipynb #plot-history
 def plot_training(
