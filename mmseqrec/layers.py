@@ -147,7 +147,7 @@ def init_weights(
 
 # %% ../nbs/30_layers.ipynb #adapter
 class ContentAdapter(nn.Module):
-    "Map frozen features of one modality to item vectors: `LayerNorm(W f + b)` (MMSRec, input transform)."
+    "Centre frozen features of one modality and map them to item vectors: `LayerNorm(W (f - mu) / sigma + b)`."
     def __init__(
         self,
         feature_size: int,  # numbers in one frozen feature vector
@@ -156,6 +156,18 @@ class ContentAdapter(nn.Module):
         super().__init__()
         self.linear = nn.Linear(feature_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.register_buffer("center", torch.zeros(feature_size))
+        self.register_buffer("spread", torch.ones(()))
+
+    @torch.no_grad()
+    def fit_statistics(
+        self,
+        features: Tensor,  # `[N, feature_size]` of training items that have this modality
+    ) -> None:
+        "Take centre and spread from some features."
+        if not len(features): return
+        self.center.copy_(features.mean(0))
+        self.spread.copy_((features - self.center).square().mean().sqrt().clamp(min=1e-6))
 
     def forward(
         self,
@@ -163,7 +175,8 @@ class ContentAdapter(nn.Module):
         missing_modality_mask: Tensor,  # `[N]`, True where the item lacks this modality
     ) -> Tensor:  # `[N, D]`; zero rows where the modality is missing
         "Adapt the features of N items."
-        return self.norm(self.linear(features)).masked_fill(missing_modality_mask[:, None], 0)
+        centred = (features - self.center) / self.spread
+        return self.norm(self.linear(centred)).masked_fill(missing_modality_mask[:, None], 0)
 
 # %% ../nbs/30_layers.ipynb #content-embedding
 class ContentEmbedding(nn.Module):
@@ -178,10 +191,22 @@ class ContentEmbedding(nn.Module):
         sizes = {name: size for name, size in (("text", text_size), ("image", image_size)) if size}
         if not sizes: raise ValueError("give text_size, image_size or both: without features there is no content")
         self.adapters = nn.ModuleDict({name: ContentAdapter(size, hidden_size) for name, size in sizes.items()})
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+
+    def fit_statistics(
+        self,
+        ids: Tensor,  # `[N]` catalogue rows that occur in training
+    ) -> None:
+        "Take centre and spread of each modality, once; later calls change nothing, so that other items fit the weights."
+        if self.fitted: return
+        for name, adapter in self.adapters.items():
+            there = ids[~getattr(self, f"missing_{name}_mask")[ids]]
+            adapter.fit_statistics(getattr(self, f"{name}_features")[there])
+        self.fitted.fill_(True)
 
     def set_catalogue(
         self,
-        catalogue: Catalogue,
+        catalogue: Catalogue,  # with features of the sizes that the adapters expect
     ) -> None:
         "Take the mean features of all items. Raises `ValueError` if they are absent or of another size."
         for name, adapter in self.adapters.items():  # all are checked before the first is taken

@@ -11,6 +11,7 @@ __all__ = ['training_batches', 'History', 'save_checkpoint', 'load_checkpoint', 
 import json
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -124,10 +125,11 @@ def load_checkpoint(
     return history, group("best."), scaler
 
 # %% ../nbs/43_training.ipynb #train-step
-def _train_step(accelerator, model, optimizer, batch, phase, max_grad_norm, history):
+def _train_step(accelerator, model, optimizer, phase, max_grad_norm, history, batch):
     "Take one optimiser step and add the losses to the history."
+    model.train()
     optimizer.zero_grad()
-    losses = model(batch, phase)
+    losses = model(batch.to(accelerator.device), phase)
     accelerator.backward(losses["loss"])
     if max_grad_norm: accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
@@ -177,6 +179,7 @@ def fit(
     checkpoint: str | Path | None = None,  # `.safetensors` file; continued from if it exists
     checkpoint_every: int | None = None,  # also write it after so many steps, not only after each epoch
     progress: bool = True,  # show a progress bar
+    title: str = "training",  # what the progress bar calls the run
 ) -> History:
     """Train until the validation metric stops improving; keep the best weights.
 
@@ -198,8 +201,12 @@ def fit(
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
         if checkpoint: save_checkpoint(checkpoint, model, optimizer, history, best, mark, scaler)
     while history.epoch < epochs and not history.finished:
-        _train_epoch(accelerator, wrapped, model, optimizer, store, history, epochs, phase, batch_size, seed,
-                     max_grad_norm, checkpoint_every if checkpoint else None, save, progress)
+        batches = training_batches(model, store, phase, batch_size, seed, history.epoch)
+        bar = tqdm(batches[history.step:], f"{title}, epoch {history.epoch + 1} of at most {epochs}", leave=False,
+                   disable=not progress)
+        if history.step == 0: model.start_epoch(store, history.epoch)
+        step = partial(_train_step, accelerator, wrapped, optimizer, phase, max_grad_norm, history)
+        _train_epoch(step, bar, history, save, checkpoint_every if checkpoint else None, len(batches))
         value = _validate(model, store, metric)
         if history.note_epoch(value): best = {name: x.detach().clone() for name, x in model.state_dict().items()}
         history.finished = history.epoch - history.best_epoch > patience
@@ -209,17 +216,12 @@ def fit(
     return history
 
 # %% ../nbs/43_training.ipynb #train-epoch
-def _train_epoch(accelerator, wrapped, model, optimizer, store, history, epochs, phase, batch_size, seed,
-                 max_grad_norm, checkpoint_every, save, progress):
+def _train_epoch(step, batches, history, save, checkpoint_every, n_steps):
     "Run the steps of an epoch that are still to be done."
-    if history.step == 0: model.start_epoch(store, history.epoch)
-    wrapped.train()
-    batches = training_batches(model, store, phase, batch_size, seed, history.epoch)
     start, before = time.time(), history.seconds
-    title = f"epoch {history.epoch + 1} of at most {epochs}"
-    for batch in tqdm(batches[history.step:], title, leave=False, disable=not progress):
-        _train_step(accelerator, wrapped, optimizer, batch.to(accelerator.device), phase, max_grad_norm, history)
-        if checkpoint_every and history.step % checkpoint_every == 0 and history.step < len(batches):
+    for batch in batches:
+        step(batch)
+        if checkpoint_every and history.step % checkpoint_every == 0 and history.step < n_steps:
             history.seconds = before + time.time() - start
             _settle(history)
             save()

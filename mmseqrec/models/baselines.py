@@ -146,7 +146,7 @@ class CausalRecommender(Recommender):
         ids: Tensor,  # `[N]` catalogue rows
     ) -> Tensor:  # `[N, D]`
         "Compute the vectors of some items."
-        raise NotImplementedError
+        raise NotImplementedError("a causal recommender says where its item vectors come from")
 
     def encode_items(
         self,
@@ -257,6 +257,15 @@ class ContentSASRec(CausalRecommender):
         "Swap items and features; all weights stay."
         self.content.set_catalogue(catalogue)
         return super().set_catalogue(catalogue)
+
+    def start_epoch(
+        self,
+        store: SequenceStore,  # only the items of its training events are looked at
+        epoch: int,  # ignored
+    ) -> None:
+        "Take the features' centre and spread over the training items, at the first epoch ever."
+        ids = np.unique(store.items[store.stage == TRAIN]).astype(np.int64)
+        self.content.fit_statistics(torch.from_numpy(ids).to(self.device))
 
     def item_vectors(
         self,
