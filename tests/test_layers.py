@@ -243,6 +243,7 @@ def slow_content(module, catalogue, row):
         there = [table[row, k].double().numpy() for k in range(table.shape[1]) if not pad[row, k]]
         if there:
             mean = np.float32(sum(there) / len(there)).astype(float)
+            mean = (mean - p[f"adapters.{name}.center"]) / p[f"adapters.{name}.spread"]
             vector += slow_norm(slow_linear(mean, p, f"adapters.{name}.linear"), p, f"adapters.{name}.norm")
     return vector
 
@@ -255,6 +256,29 @@ def test_content_equals_loops(text, image):
     assert not module(torch.tensor([0, NOTHING])).any(), "padding and items with nothing are zero"
     order = torch.tensor([7, 2, 2, 0])
     torch.testing.assert_close(module(order), module(torch.arange(V + 1))[order], **CLOSE)
+
+
+def test_centre_and_spread_come_from_the_given_items_that_have_the_modality():
+    catalogue, module, ids = make_catalogue(), content(), [1, 2, NO_IMAGE, NO_TEXT, NOTHING]
+    module.fit_statistics(torch.tensor(ids))
+    for name, absent in (("text", NO_TEXT), ("image", NO_IMAGE)):
+        rows = [getattr(catalogue, f"mean_{name}")()[i].double().numpy() for i in ids if i not in (absent, NOTHING)]
+        centre, adapter = sum(rows) / len(rows), module.adapters[name]
+        spread = np.sqrt(np.mean([(row - centre) ** 2 for row in rows]))
+        np.testing.assert_allclose(adapter.center, centre, rtol=0, atol=1e-6)
+        assert adapter.spread.item() == pytest.approx(spread, abs=1e-6)
+    slow = np.stack([slow_content(module, catalogue, row) for row in range(V + 1)])
+    np.testing.assert_allclose(module(torch.arange(V + 1)).detach(), slow, rtol=0, atol=1e-6)
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    module.fit_statistics(torch.arange(1, V + 1))  # once and for all: other items must fit the same weights
+    assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
+
+
+@pytest.mark.parametrize("ids", [[], [NOTHING], [1], [1, 1, 1]])
+def test_nothing_to_fit_statistics_to_gives_finite_vectors(ids):
+    module = content()
+    module.fit_statistics(torch.tensor(ids, dtype=torch.long))
+    assert module(torch.arange(V + 1)).isfinite().all()
 
 
 def test_a_missing_modality_adds_nothing_and_gets_no_gradient():
@@ -299,8 +323,7 @@ def test_features_take_the_type_of_the_weights(dtype):
 
 
 def test_tables_are_not_among_the_weights():
-    module = content()
-    assert all(name.startswith("adapters.") for name in module.state_dict())
+    assert not any("features" in name or "missing" in name for name in content().state_dict())
 
 
 def test_wrong_sizes_are_named(x):

@@ -1,0 +1,216 @@
+"Popularity and Markov against dictionaries; SASRec and its content twin put together by hand."
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmseqrec.data.interactions import TEST, TRAIN
+from mmseqrec.data.sequences import SequenceStore, collate
+from mmseqrec.evaluation import evaluate
+from mmseqrec.models.baselines import ContentSASRec, Markov, Popularity, transition_counts
+from mmseqrec.training import fit
+from small_world import IMAGE_SIZE, NOTHING, SIZES, TEXT_SIZE, V, build, make_catalogue, make_store, weights
+
+CLOSE = dict(rtol=0, atol=1e-9)
+
+
+def slow_counts(store):
+    "Events of each item, and followers of each item, in training; one event at a time."
+    counts, followers = Counter(), defaultdict(Counter)
+    for user in range(len(store.offsets) - 1):
+        last = None
+        for event in range(store.offsets[user], store.offsets[user + 1]):
+            if store.stage[event] != TRAIN: break
+            item = int(store.items[event])
+            counts[item] += 1
+            if last is not None: followers[last][item] += 1
+            last = item
+    return counts, followers
+
+
+def slow_markov(counts, followers, last, item, epsilon=1e-3):
+    total = sum(followers[last].values())
+    return (followers[last][item] / total if total else 0) + epsilon * counts[item] / max(sum(counts.values()), 1)
+
+
+@pytest.fixture(params=range(3))
+def store(request): return make_store(80, n_items=V, seed=request.param, longest=20)
+
+
+def scores(model, histories):
+    batch = collate(histories, model.max_len)
+    return model.score(model.encode_sequence(batch), model.encode_items())
+
+
+def test_popularity_counts_like_a_dictionary(store):
+    model, (counts, _) = build("popularity", store=store), slow_counts(store)
+    expected = [counts[item] for item in range(1, V + 1)]
+    for row in scores(model, [[1], [5, 6], [12]]).tolist(): assert row == expected
+    assert model.item_counts[0] == 0
+    order = sorted(range(1, V + 1), key=lambda i: -counts[i])
+    found = model.recommend([["item-1"]], k=V)[0]
+    assert found.scores == [counts[i] for i in order]
+
+
+def test_transitions_are_counted_like_a_dictionary(store):
+    _, followers = slow_counts(store)
+    item, after, times = transition_counts(store)
+    assert {(int(i), int(j)): int(n) for i, j, n in zip(item, after, times)} == {
+        (i, j): n for i, row in followers.items() for j, n in row.items()}
+    assert (np.diff(item) >= 0).all() and times.sum() == len(store.rows(TRAIN))
+
+
+def test_markov_scores_like_a_dictionary(store):
+    model, (counts, followers) = build("markov", store=store).double(), slow_counts(store)
+    histories = [[9, 4, item] for item in range(1, V + 1)]
+    expected = [[slow_markov(counts, followers, last, item) for item in range(1, V + 1)] for last in range(1, V + 1)]
+    np.testing.assert_allclose(scores(model, histories), expected, rtol=0, atol=1e-6)
+
+
+def test_markov_looks_at_the_last_item_only(store):
+    model = build("markov", store=store)
+    torch.testing.assert_close(scores(model, [[1, 2, 3, 7], [7], [5, 7]]), scores(model, [[7]]).expand(3, -1), **CLOSE)
+    assert not torch.equal(scores(model, [[7, 1]]), scores(model, [[1, 7]]))
+
+
+def test_markov_at_every_position(store):
+    model = build("markov", store=store)
+    batch = collate([[1, 2, 3], [4, 5]], 10)
+    found = model.score(model.encode_sequence(batch, torch.tensor([0, 2, 3])), model.encode_items())
+    torch.testing.assert_close(found, scores(model, [[1], [3], [4]]), **CLOSE)
+
+
+def test_popularity_decides_between_items_that_followed_equally_often():
+    "1 was followed once by 2 and once by 3; 3 and 5 are the popular ones; 4 and 5 never followed."
+    events = [[1, 2], [1, 3], [3, 5, 5, 5, 3], [3, 5, 5, 4]]
+    flat, lengths = np.concatenate(events).astype(np.int32), [len(e) for e in events]
+    store = SequenceStore(flat, np.r_[0, np.cumsum(lengths)], np.zeros(len(flat), np.int8), 6)
+    model = Markov().set_catalogue(make_catalogue(6, whole=True))
+    model.start_epoch(store, 0)
+    assert model.recommend([["item-1"]], k=5)[0].items == ["item-3", "item-2", "item-5", "item-1", "item-4"]
+    never = model.recommend([["item-4"]], k=2)[0]  # nothing ever followed 4: popularity alone
+    assert never.items == ["item-5", "item-3"]
+    assert model.recommend([["item-6"]], k=1)[0].items == ["item-5"]
+    plain = Markov(popularity_weight=0.).set_catalogue(make_catalogue(6, whole=True))
+    plain.start_epoch(store, 0)
+    assert scores(plain, [[1]])[0].tolist() == [0, .5, .5, 0, 0, 0]
+
+
+def test_users_do_not_follow_each_other():
+    store = SequenceStore(np.array([1, 2, 3, 4], np.int32), np.array([0, 2, 4]), np.zeros(4, np.int8), 5)
+    item, after, times = transition_counts(store)
+    assert list(zip(item.tolist(), after.tolist(), times.tolist())) == [(1, 2, 1), (3, 4, 1)]
+
+
+def test_nobody_with_a_history():
+    "One event a user: no transition at all, and everything still answers."
+    store = SequenceStore(np.array([1, 2, 2], np.int32), np.arange(4), np.zeros(3, np.int8), V)
+    model = build("markov", store=store)
+    assert len(transition_counts(store)[0]) == 0
+    assert model.recommend([["item-9"]], k=1)[0].items == ["item-2"]
+
+
+@pytest.mark.parametrize("kind", [Popularity, Markov])
+def test_counting_again_forgets_the_first_count(kind):
+    first, second = (make_store(30, seed=seed) for seed in (1, 2))
+    model, fresh = kind().set_catalogue(make_catalogue()), kind().set_catalogue(make_catalogue())
+    for store in (first, second): model.start_epoch(store, 0)
+    fresh.start_epoch(second, 0)
+    assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(fresh).values()))
+    model.set_catalogue(make_catalogue(name="other"))
+    assert not model.item_counts.any() and not scores(model, [[1]]).any()
+
+
+def test_counts_are_exact_where_there_are_many(tmp_path):
+    "Seventeen million events: more than 32-bit floats count one by one."
+    model = build("popularity")
+    model.item_counts[1], model.item_counts[2] = 16_777_216, 16_777_218
+    model.save_pretrained(tmp_path / "m")
+    assert Popularity.from_pretrained(tmp_path / "m").recommend([["item-3"]], k=1)[0].items == ["item-2"]
+
+
+# SASRec
+
+def by_hand(model, histories):
+    "Scores from the parts: look vectors up, encode each row on its own, compare with every item."
+    rows = []
+    for history in histories:
+        x = model.item_vectors(torch.tensor(history))[None]
+        u = model.encoder(x, torch.zeros(1, len(history), dtype=torch.bool))[0, -1]
+        vectors = model.item_vectors(torch.arange(1, V + 1))
+        if model.cosine: u, vectors = F.normalize(u, dim=-1), F.normalize(vectors, dim=-1)
+        rows.append(vectors @ u)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", ["sasrec", "content_text", "content_image", "content_both"])
+def test_scores_are_what_the_parts_say(name):
+    model, histories = build(name).double(), [[1, 2, 3], [7], [4, NOTHING, 6, 6, 1], [NOTHING]]
+    torch.testing.assert_close(scores(model, histories), by_hand(model, histories), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["content_text", "content_image", "content_both"])
+def test_content_scores_are_cosines(name):
+    model = build(name).double()
+    found = scores(model, [[1, 2, 3], [7]])
+    assert found.abs().max() <= 1 and not found[:, NOTHING - 1].any(), "an item with nothing has no direction"
+    assert model.temperature == .07 and not build("sasrec").cosine
+    norms = model.encode_items().vectors.norm(dim=-1)[:, 0]
+    torch.testing.assert_close(norms[norms > 0], torch.ones(int((norms > 0).sum()), dtype=torch.float64), **CLOSE)
+
+
+def test_parameters_by_hand():
+    D, inner, L = 16, 32, 10
+    block = 3 * (D * D + D) + D * D + D + 2 * 2 * D + D * inner + inner + inner * D + D
+    encoder = L * D + 2 * D + 2 * block
+    count = lambda model: sum(p.numel() for p in model.parameters())
+    assert count(build("sasrec")) == (V + 1) * D + encoder
+    assert count(build("content_text")) == TEXT_SIZE * D + 3 * D + encoder
+    assert count(build("content_both")) == (TEXT_SIZE + IMAGE_SIZE) * D + 6 * D + encoder
+    assert count(build("popularity")) == count(build("markov")) == 0
+
+
+def test_first_loss_is_log_v():
+    "Small initial weights know nothing: the first loss of SASRec is that of guessing."
+    model = build("sasrec", dropout=0., attention_dropout=0.)
+    batch = collate([[1, 2], [3]], 10)
+    batch.pos_item = torch.tensor([4, 5])
+    assert model.finetune_loss(batch)["loss"].item() == pytest.approx(np.log(V), abs=.2)
+
+
+def test_padding_is_never_a_candidate_and_never_learns():
+    model = build("sasrec").train()
+    batch = collate([[1, 2, 3], [4]], 10)
+    batch.pos_item = torch.tensor([5, 6])
+    model.finetune_loss(batch)["loss"].backward()
+    assert not model.item_emb.weight.grad[0].any() and model.item_emb.weight.grad[1:].abs().sum(1).all()
+    model.train(False)
+    expected = scores(model, [[1, 2]])
+    with torch.no_grad(): model.item_emb.weight[0] = 1e3
+    torch.testing.assert_close(scores(model, [[1, 2], [1, 2, 3]])[:1], expected)
+
+
+def test_missing_content_of_a_used_modality_is_refused():
+    from mmseqrec.features.encoders import catalogue_from_arrays
+    only_text = catalogue_from_arrays(["a", "b"], np.ones((2, TEXT_SIZE)))
+    with pytest.raises(ValueError, match="expects image features"): ContentSASRec(image_size=IMAGE_SIZE, **SIZES).set_catalogue(only_text)
+    ContentSASRec(text_size=TEXT_SIZE, **SIZES).set_catalogue(only_text)
+    with pytest.raises(ValueError, match="text_size, image_size or both"): ContentSASRec(**SIZES)
+    model = build("content_both")
+    with pytest.raises(ValueError, match="expects image features"): model.set_catalogue(only_text)
+    assert model.catalogue.n_items == V and model.recommend([["item-1"]], k=2)[0].items
+
+
+def test_learning_beats_counting_where_order_decides():
+    "What follows item 1 depends on what came before it: Markov cannot know, SASRec can. Half of the users are new."
+    start = np.random.default_rng(0).integers(2, 7, 80)
+    items = np.stack([start, np.ones(80, int), start + 5], 1).astype(np.int32)
+    stage = np.repeat([[TRAIN, TRAIN, TRAIN], [TRAIN, TRAIN, TEST]], 40, axis=0).astype(np.int8)
+    store, found = SequenceStore(items.ravel(), np.arange(0, 241, 3), stage.ravel(), V), {}
+    for name in ("markov", "sasrec"):
+        model = build(name, make_catalogue(whole=True), counted=False, dropout=0., attention_dropout=0.)
+        fit(model, store, epochs=110, batch_size=64, lr=.006, device="cpu", progress=False)
+        found[name] = evaluate(model, store).metrics(ks=(1,))["recall@1"]
+    assert found["markov"] < .5 and found["sasrec"] > .95
