@@ -48,14 +48,14 @@ def escape(
     return html.escape(str(text), quote=True)
 
 def format_number(
-    value: float,
+    value: float,  # any number
     sign: str = "",  # `"+"` writes the sign of positive numbers too
 ) -> str:  # three decimals, with a real minus sign
     "Write a metric, or a difference of metrics."
     return f"{value:{sign}.3f}".replace("-", "\u2212")
 
 def format_seconds(
-    seconds: float,
+    seconds: float,  # a time, not negative
 ) -> str:  # such as `"0.4 s"`, `"12 s"`, `"3 min 20 s"`
     "Write a time as a person would."
     if seconds < 10: return f"{seconds:.1f} s"
@@ -138,14 +138,22 @@ class SystemSummary:
         "Compute a metric for each test event."
         return np.mean([result.evaluation.values(metric) for result in self.results], axis=0)
 
+    def user_values(
+        self,
+        metric: str,  # such as `"ndcg@10"`
+    ) -> np.ndarray:  # `[U]`, each user counts once
+        "Compute a metric for each user."
+        return user_means(self.values(metric), self.user)
+
     def summary(
         self,
         metric: str,  # such as `"ndcg@10"`
     ) -> dict[str, float | None]:  # `"value"`, `"low"` and `"high"` (95 %, users), `"spread"` (seeds; `None` for one)
         "Average a metric, with both kinds of uncertainty."
-        means = [result.evaluation.values(metric).mean() for result in self.results]
-        low, high = bootstrap_interval(user_means(self.values(metric), self.user))
-        return {"value": float(np.mean(means)), "low": low, "high": high,
+        by_user = self.user_values(metric)
+        low, high = bootstrap_interval(by_user)
+        means = [user_means(result.evaluation.values(metric), self.user).mean() for result in self.results]
+        return {"value": float(by_user.mean()), "low": low, "high": high,
                 "spread": float(np.std(means, ddof=1)) if len(means) > 1 else None}
 
 def system_summaries(
@@ -158,20 +166,20 @@ def system_summaries(
 
 # %% ../nbs/80_report.ipynb #baseline
 def best_baseline(
-    systems: Sequence[SystemSummary],
-    metric: str = "ndcg@10",
+    systems: Sequence[SystemSummary],  # of one run
+    metric: str = "ndcg@10",  # as in `Evaluation.values`
 ) -> SystemSummary | None:  # `None` if neither popularity nor Markov was run
     "Return the better of popularity and first-order Markov."
     simple = [system for system in systems if system.key in ("popularity", "markov")]
-    return max(simple, key=lambda system: system.values(metric).mean(), default=None)
+    return max(simple, key=lambda system: system.user_values(metric).mean(), default=None)
 
 def paired_difference(
     system: SystemSummary,
     other: SystemSummary,
-    metric: str = "ndcg@10",
+    metric: str = "ndcg@10",  # as in `Evaluation.values`
 ) -> dict[str, float]:  # `difference` (first minus second), `low` and `high` (95 %), `p_value`
     "Compare two systems user by user, each averaged over its seeds."
-    return paired_test(*(user_means(s.values(metric), s.user) for s in (system, other)))
+    return paired_test(system.user_values(metric), other.user_values(metric))
 
 # %% ../nbs/80_report.ipynb #headline
 def metric_title(
@@ -189,11 +197,11 @@ def one_seed_note(
 
 def headline(
     run: Run,
-    systems: Sequence[SystemSummary],
+    systems: Sequence[SystemSummary],  # of one run
 ) -> str:  # plain text
     "Say the result in two or three sentences."
     metric = run.config.metric
-    best, baseline = max(systems, key=lambda s: s.values(metric).mean()), best_baseline(systems, metric)
+    best, baseline = max(systems, key=lambda s: s.user_values(metric).mean()), best_baseline(systems, metric)
     value = best.summary(metric)
     text = (f"On {len(best.pos_item):,} held-out events, ranked against all {run.data.interactions.n_items:,} items, "
             f"the highest {metric_title(metric)} is {value['value']:.3f} (95% interval over users: {value['low']:.3f} "
@@ -329,7 +337,7 @@ def _with_spread(s):
 
 def systems_html(
     run: Run,
-    systems: Sequence[SystemSummary],
+    systems: Sequence[SystemSummary],  # of one run
 ) -> str:
     "Write the main table: accuracy, difference to the best simple baseline, breadth, size, time."
     metric, counts = run.config.metric, run.data.split.item_counts()
@@ -359,7 +367,7 @@ def beyond_accuracy(
     return {name: float(np.mean([each[name] for each in seeds])) for name in seeds[0]}
 
 def metrics_html(
-    systems: Sequence[SystemSummary],
+    systems: Sequence[SystemSummary],  # of one run
     ks: Sequence[int] = (10, 20, 50),  # lengths of the list
 ) -> str:
     "Write all metrics at all lengths, with intervals."
@@ -369,8 +377,8 @@ def metrics_html(
 
 # %% ../nbs/80_report.ipynb #bars
 def plot_systems(
-    systems: Sequence[SystemSummary],
-    metric: str = "ndcg@10",
+    systems: Sequence[SystemSummary],  # of one run
+    metric: str = "ndcg@10",  # as in `Evaluation.values`
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw a metric of all systems as bars with intervals over users."
@@ -384,7 +392,7 @@ def plot_systems(
     return ax
 
 def plot_beyond(
-    systems: Sequence[SystemSummary],
+    systems: Sequence[SystemSummary],  # of one run
     item_counts: np.ndarray,  # `[V + 1]` training events of each item
     name: str = "coverage",  # or `"novelty"`
     ax: plt.Axes | None = None,  # where to draw; new axes by default
@@ -402,7 +410,7 @@ def _legend_below(ax, height):
     ax.legend(loc="upper center", bbox_to_anchor=(.5, height), ncols=2, columnspacing=1.4, handletextpad=.5)
 
 def plot_loss(
-    systems: Sequence[SystemSummary],
+    systems: Sequence[SystemSummary],  # of one run
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw the training loss of every system that learns, a line a seed."
@@ -415,11 +423,10 @@ def plot_loss(
     ax.set(title="Training loss", xlabel="epoch", ylabel="loss")
     ax.xaxis.get_major_locator().set_params(integer=True)
     if ax.get_legend_handles_labels()[0]: _legend_below(ax, -.22)
-    else: ax.text(.5, .5, "no system of this run is trained", ha="center", transform=ax.transAxes)
     return ax
 
 def plot_validation(
-    systems: Sequence[SystemSummary],
+    systems: Sequence[SystemSummary],  # of one run
     metric: str = "ndcg@10",  # what chose the best epoch
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
@@ -442,10 +449,10 @@ def plot_validation(
 
 # %% ../nbs/80_report.ipynb #slices
 def plot_report_slices(
-    systems: Sequence[SystemSummary],
+    systems: Sequence[SystemSummary],  # of one run
     groups: Mapping[str, np.ndarray],  # name -> `[R]` True for the rows of the group
-    title: str,
-    metric: str = "ndcg@10",
+    title: str,  # of the figure
+    metric: str = "ndcg@10",  # as in `Evaluation.values`
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw a metric within groups of test events, with intervals over users."
@@ -461,7 +468,7 @@ def plot_report_slices(
 
 # %% ../nbs/80_report.ipynb #choose-examples
 def choose_examples(
-    systems: Sequence[SystemSummary],
+    systems: Sequence[SystemSummary],  # of one run
     n: int = 4,  # how many
     seed: int = 0,
 ) -> list[int]:  # rows of the evaluation, those with a hit first
@@ -494,7 +501,7 @@ def item_card(
 # %% ../nbs/80_report.ipynb #example
 def example_html(
     run: Run,
-    systems: Sequence[SystemSummary],
+    systems: Sequence[SystemSummary],  # of one run
     row: int,  # of the evaluation
     number: int = 1,  # of the example on the page
     n_shown: int = 10,  # items of a strip at most
@@ -520,7 +527,7 @@ def example_html(
 
 # %% ../nbs/80_report.ipynb #map-vectors
 def map_vectors(
-    catalogue: Catalogue,
+    catalogue: Catalogue,  # features
 ) -> np.ndarray:  # `[V, Dt + Dv]`
     "Put the centred, normalised text and picture features of all items side by side."
     parts = []
@@ -630,7 +637,7 @@ def _how(text): return f'<p class="how">{escape(text)}</p>'
 
 def result_sections(
     run: Run,
-    systems: Sequence[SystemSummary],
+    systems: Sequence[SystemSummary],  # of one run
 ) -> dict[str, str]:  # heading -> HTML
     "Write the sections about accuracy."
     metric, counts = run.config.metric, run.data.split.item_counts()
@@ -643,27 +650,29 @@ def result_sections(
                "popularity."),
               (history_groups(systems[0]), "By length of the history",
                "Left: users about whom little is known, right: those with long histories.")]
-    return {
-        "Systems": _how(f"{note} The difference is taken user by user; green and red mark intervals without zero.")
+    sections = {"Systems": (
+        _how(f"{note} The difference is taken user by user; green and red mark intervals without zero.")
         + systems_html(run, systems)
         + _how("All metrics. Precision@k would be Recall@k divided by k, and MAP would be MRR: one item is held out.")
         + metrics_html(systems) + _pair(*(figure_html(ax, text) for ax, text in zip(bars, (
             f"{title} on the test events; whiskers are 95% intervals over users, the dashed line is the better simple "
-            "baseline.", "Share of test events whose item stands among the first ten.")))),
-        "Training": _pair(
+            "baseline.", "Share of test events whose item stands among the first ten.")))))}
+    if any("loss" in epoch for result in run.results for epoch in result.history.epochs):
+        sections["Training"] = _pair(
             figure_html(plot_loss(systems), "Losses of different systems do not compare, their course does."),
             figure_html(plot_validation(systems, metric), "The dot is the epoch that was kept; dashed levels are "
-                        "systems that only count.")),
-        "Slices": _pair(*(figure_html(plot_report_slices(systems, groups, heading, metric), text)
-                          for groups, heading, text in slices)),
-        "Breadth": _pair(
-            figure_html(plot_beyond(systems, counts), "Low: everyone sees the same few items."),
-            figure_html(plot_beyond(systems, counts, "novelty"), "Low: items that everybody knows; high: rare ones."))}
+                        "systems that only count."))
+    sections["Slices"] = _pair(*(figure_html(plot_report_slices(systems, groups, heading, metric), text)
+                                 for groups, heading, text in slices))
+    sections["Breadth"] = _pair(
+        figure_html(plot_beyond(systems, counts), "Low: everyone sees the same few items."),
+        figure_html(plot_beyond(systems, counts, "novelty"), "Low: items that everybody knows; high: rare ones."))
+    return sections
 
 # %% ../nbs/80_report.ipynb #data-sections
 def data_sections(
     run: Run,
-    systems: Sequence[SystemSummary],
+    systems: Sequence[SystemSummary],  # of one run
     command: str = "",  # the command that was typed, if there was one
     n_examples: int = 4,  # test events that are shown whole
 ) -> dict[str, str]:  # heading -> HTML

@@ -17,8 +17,8 @@ from mmseqrec.data.sequences import TEST, SequenceStore
 from mmseqrec.evaluation import Evaluation, compare
 from mmseqrec.experiments import Result, Run, RunConfig, RunData
 from mmseqrec.features.encoders import catalogue_from_arrays
-from mmseqrec.report import (best_baseline, choose_examples, data_sections, data_uri, escape, example_html, figure_html,
-                             format_number, format_seconds, headline, item_keywords, map_vectors, one_seed_note,
+from mmseqrec.report import (SystemSummary, best_baseline, choose_examples, data_sections, data_uri, escape, example_html,
+                             figure_html, format_number, format_seconds, headline, item_keywords, map_vectors, one_seed_note,
                              paired_difference, plot_loss, plot_validation, report_html, result_sections, system_summaries,
                              systems_html, thumbnail, write_report)
 from mmseqrec.training import History
@@ -150,6 +150,13 @@ def test_numbers_are_those_of_the_evaluation(run):
         assert (summary["low"], summary["high"]) == result.evaluation.interval("ndcg@10") and summary["spread"] is None
     assert paired_difference(systems[2], systems[1]) == compare(run.results[2].evaluation, run.results[1].evaluation)
 
+def test_every_user_counts_once(run):
+    evaluation = dataclasses.replace(run.results[0].evaluation, user=np.minimum(run.results[0].evaluation.user, 3))
+    system = SystemSummary([dataclasses.replace(run.results[0], evaluation=evaluation)])
+    values = evaluation.values("ndcg@10")
+    expected = np.mean([values[evaluation.user == u].mean() for u in range(4)])
+    assert system.summary("ndcg@10")["value"] == pytest.approx(expected) == evaluation.metrics()["ndcg@10"]
+
 def test_seeds_are_averaged_by_user(tmp_path):
     run = make_run(tmp_path, seeds=(0, 1, 2), systems=("markov", "sasrec"))
     system = system_summaries(run)[1]
@@ -168,9 +175,10 @@ def test_the_headline_names_the_better_baseline(run, tmp_path):
     assert "<td>–</td>" in systems_html(alone, system_summaries(alone))
 
 def test_curves_of_a_run_without_training(tmp_path):
-    systems = system_summaries(make_run(tmp_path, systems=("popularity", "markov")))
-    assert "no system of this run is trained" in [text.get_text() for text in plot_loss(systems).texts]
-    assert len(plot_validation(systems).lines) == 2
+    run = make_run(tmp_path, systems=("popularity", "markov"))
+    systems = system_summaries(run)
+    assert not plot_loss(systems).lines and len(plot_validation(systems).lines) == 2
+    assert "Training" not in result_sections(run, systems)
     plt.close("all")
 
 @pytest.mark.parametrize("features", ["text", "image", "none"])

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 NUMBERED = [p for p in PAGES if p.stem != "index"]
 LESSONS = [p for p in NUMBERED if not p.stem.startswith("9")]
-MODULES = sorted(p for p in (ROOT / "mmseqrec").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+BY_HAND = ("__init__.py", "__main__.py")  # nbdev cannot export to `__main__`
+MODULES = sorted(p for p in (ROOT / "mmseqrec").rglob("*.py") if p.name not in (*BY_HAND, "_modidx.py"))
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
 SETTINGS = SETTINGS["DEFAULT"]
@@ -132,7 +133,7 @@ def copy(tmp_path):
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", symlinks=True, ignore=shutil.ignore_patterns(".*"))
     for name in ("pyproject.toml", "settings.ini"): shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "mmseqrec").mkdir()
-    shutil.copy(ROOT / "mmseqrec/__init__.py", tmp_path / "mmseqrec")
+    for name in BY_HAND: shutil.copy(ROOT / "mmseqrec" / name, tmp_path / "mmseqrec")
     return tmp_path
 
 def nbdev(command, folder):
