@@ -257,15 +257,17 @@ align-items:center}.strip.past{border-top:0}.who{font-weight:600;font-size:14.5p
 .card{width:74px;height:74px;border-radius:8px;border:1px solid var(--line);background:var(--pale);overflow:hidden;
 display:flex; align-items:center;justify-content:center}
 .card img{width:100%;height:100%;object-fit:contain;display:block}
-.card span{font-size:10.5px;line-height:1.25;padding:4px;text-align:center;max-height:100%;overflow-wrap:anywhere;
-overflow:hidden}.card.framed{outline:3px solid var(--accent);outline-offset:1px}
+.card span{font-size:10.5px;line-height:1.25;margin:4px;text-align:center;overflow:hidden;overflow-wrap:anywhere;
+display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:5}
+.card.framed{outline:3px solid var(--accent);outline-offset:1px}
 .arrow{color:var(--soft);font-size:20px;width:20px;text-align:center}
 pre{background:var(--pale);border:1px solid var(--line);border-radius:8px;padding:12px 14px;overflow-x:auto;
 font-size:13px; line-height:1.45;white-space:pre-wrap;overflow-wrap:anywhere}
 code{font-family:ui-monospace,Menlo,Consolas,"Liberation Mono",monospace}summary{cursor:pointer;color:#2b6cb0}
 footer{margin:44px 0 30px;color:var(--soft);font-size:14px}@media(max-width:640px){main,header>div{padding:0 15px}
 h1{font-size:25px}.lead{font-size:16.5px}.facts{grid-template-columns:1fr; gap:0}.facts dd{margin-bottom:9px}
-.strip{grid-template-columns:1fr;gap:6px}.card{width:60px;height:60px}.example{padding:13px 12px 7px}
+.strip{grid-template-columns:1fr;gap:6px}.card{width:60px;height:60px}.card span{-webkit-line-clamp:3}
+.example{padding:13px 12px 7px}
 .tile{flex:1 1 40%}}
 """
 
@@ -280,7 +282,7 @@ h1{font-size:19pt}h2{font-size:13pt;margin:16pt 0 3pt}.lead{font-size:11pt}h2,h3
 th,td{padding:3.5pt 5pt}.all{font-size:7.5pt}.all td,.all th{padding:3pt 2pt}
 .all td small{font-size:5.8pt;letter-spacing:-.01em}.pair{grid-template-columns:1fr 1fr;gap:6pt 14pt}
 .solo figure img{max-width:150mm}.strip{grid-template-columns:100pt 1fr;gap:8pt;padding:4pt 0}.who{font-size:9pt}
-.card{width:33.5pt;height:33.5pt}.cards{gap:3pt}.card span{font-size:5.8pt}
+.card{width:33.5pt;height:33.5pt}.cards{gap:3pt}.card span{font-size:5.8pt;margin:2pt;-webkit-line-clamp:4}
 .example{padding:8pt 10pt 4pt;margin-bottom:9pt}.arrow{width:10pt;font-size:11pt}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
 """
@@ -691,7 +693,7 @@ def data_sections(
         maps = [figure_html(plot_item_map(points, words, axes), "Near means that the encoders find texts and pictures "
                             "alike. The words were chosen because their items lie together.")]
         if any(pictures):
-            ax = plot_picture_map(points, pictures, pixels=26, title="The same places, as pictures",
+            ax = plot_picture_map(points, pictures, .075, pixels=26, title="The same places, as pictures",
                                   ax=plt.subplots(figsize=(5.6, 5.2))[1])
             ax.set(xlabel=axes[0], ylabel=axes[1])
             maps.append(figure_html(ax, "Pictures stand where there is room; grey points are the other items."))
