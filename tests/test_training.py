@@ -18,7 +18,7 @@ from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import SequenceStore, position_batches, prefix_batches, training_windows
 from mmseqrec.evaluation import evaluate
-from mmseqrec.training import History, fit, load_checkpoint, plot_training, run_identity, save_checkpoint, training_batches
+from mmseqrec.training import History, fit, load_checkpoint, plot_fit, run_identity, save_checkpoint, training_batches
 from small_world import (COUNTING, LEARNING, V, build, make_catalogue, make_store, ring_store, same, weights, without_seconds)
 
 learning = pytest.mark.parametrize("name", LEARNING)
@@ -281,6 +281,20 @@ def test_a_stopped_run_continues(name, step, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calm.safetensors", "rough.safetensors"]
 
 
+def test_an_epoch_starts_once(tmp_path, monkeypatch):
+    "`start_epoch` comes before the first step of each epoch, and not again where an epoch is continued."
+    model, store, path, calls = build("sasrec"), make_store(40), tmp_path / "run.safetensors", []
+    monkeypatch.setattr(type(model), "start_epoch", lambda self, store, epoch: calls.append(epoch), raising=True)
+    steps = len(training_batches(model, store, batch_size=16))
+    assert steps > 3
+    with monkeypatch.context() as patch:
+        stopping(patch, steps + 2)
+        with pytest.raises(Stop): fit(model, store, **QUICK, checkpoint=path, checkpoint_every=1)
+    assert calls == [0, 1]
+    fit(model, store, **QUICK, checkpoint=path, checkpoint_every=1)
+    assert calls == [0, 1, 2]
+
+
 def test_checkpoints_do_not_change_the_run(tmp_path):
     plain, written = build("sasrec"), build("sasrec")
     a = fit(plain, make_store(), **QUICK)
@@ -432,7 +446,7 @@ def test_identity_depends_on_what_is_trained():
 
 def test_figure():
     history = fit(build("sasrec"), make_store(), **QUICK)
-    figure = plot_training({"a": history, "b": history, "none": History(epochs=[{"epoch": 0, "loss": 1.}])}, colors={"a": "black"})
+    figure = plot_fit({"a": history, "b": history, "none": History(epochs=[{"epoch": 0, "loss": 1.}])}, colors={"a": "black"})
     left, right = figure.axes
     assert len(left.lines) == 3 and right.get_title() == "Validation NDCG@10" and left.get_title() == "Training loss"
     plt.close("all")
