@@ -100,7 +100,8 @@ def fingerprint(
         elif isinstance(part, (bytes, str)):
             raw = part.encode() if isinstance(part, str) else part
             digest.update(f"{type(part).__name__}{len(raw)}:".encode() + raw)
-        elif part is None or isinstance(part, (bool, int, float, np.generic)): digest.update(f"({part!r})".encode())
+        elif isinstance(part, np.generic): add(part.item())
+        elif part is None or isinstance(part, (bool, int, float)): digest.update(f"({part!r})".encode())
         else: raise TypeError(f"cannot take a fingerprint of {type(part).__name__}: pass its numbers or its name")
     add(list(parts))
     return digest.hexdigest()[:16]

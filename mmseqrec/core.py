@@ -10,7 +10,6 @@ __all__ = ['AXES', 'check_shape', 'derive_seed', 'set_seed', 'get_device', 'get_
 # %% ../nbs/00_core.ipynb #imports
 import hashlib
 import random
-import re
 
 import numpy as np
 import torch
@@ -70,17 +69,17 @@ def set_seed(
 def get_device(
     name: str = "auto",  # `"auto"`, or a PyTorch name such as `"cpu"`, `"cuda:1"`, `"mps"`
 ) -> torch.device:
-    "Return the device called `name`; `auto` prefers CUDA, then Apple's MPS, then the CPU."
+    "Return the device called `name`; `auto` prefers CUDA, then MPS, then the CPU. Raises `ValueError` without a GPU."
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if re.match("cuda", name) and not torch.cuda.is_available():
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but PyTorch sees no GPU; use device='auto' or 'cpu'")
     return torch.device(name)
 
 def get_precision(
     device: torch.device | str,  # where the matrix products run
 ) -> str:  # `"bf16"`, `"fp16"` or `"no"` (32 bits), as accelerate's `mixed_precision` calls them
-    "Return the fastest number format that `device` has natively."
+    "Return `bf16` or `fp16` on CUDA, whichever the GPU has natively, and 32 bits elsewhere."
     device = torch.device(device)
     if device.type != "cuda": return "no"
     return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data.sequences import TEST, Batch, SequenceStore, evaluation_batches
-from .figures import COLORS, plot_bars
+from .figures import COLORS
 from .metrics import (bootstrap_interval, count_better, coverage_at_k, mrr, ndcg_at_k, novelty,
                               paired_test, ranks_from_counts, recall_at_k)
 from .recommender import Items, Recommender
@@ -142,8 +142,8 @@ def quantile_groups(
     unit: str = "",  # what is counted, for the names
 ) -> dict[str, np.ndarray]:  # name -> `[R]` True for the rows of the group; together they hold each row once
     "Cut rows into groups of about equal size; equal counts stay together, so there may be fewer groups."
-    edges = np.unique(np.quantile(counts, np.arange(1, n_groups) / n_groups, method="higher"))
-    group = np.searchsorted(edges, counts, side="right")
+    edges = np.unique(np.quantile(counts, np.arange(1, n_groups) / n_groups, method="lower"))
+    group = np.searchsorted(edges, counts, side="left")
     def name(part): return f"{part.min():,} to {part.max():,} {unit}".strip()
     return {name(counts[group == g]): group == g for g in range(len(edges) + 1) if (group == g).any()}
 

@@ -250,7 +250,7 @@ def run_system(
     checkpoint, start = folder.with_name(f"{folder.name}.{mark}.safetensors"), time.perf_counter()
     history = fit(model, data.store, epochs=config.epochs, batch_size=config.batch_size, lr=config.lr,
                   metric=config.metric, patience=config.patience, seed=seed, device=config.device,
-                  precision=config.precision, checkpoint=checkpoint, progress=progress)
+                  precision=config.precision, checkpoint=checkpoint, progress=progress, title=SYSTEMS[name].title)
     trained = time.perf_counter()
     evaluation = evaluate(model, data.store, exclude_seen=config.exclude_seen, progress=progress)
     ranked = time.perf_counter()

@@ -197,7 +197,7 @@ class ContentEmbedding(nn.Module):
         self,
         ids: Tensor,  # `[N]` catalogue rows that occur in training
     ) -> None:
-        "Take centre and spread of each modality, once; later calls change nothing, so that other items fit the weights."
+        "Take centre and spread of each modality, once: other items must fit the weights they were taken for."
         if self.fitted: return
         for name, adapter in self.adapters.items():
             there = ids[~getattr(self, f"missing_{name}_mask")[ids]]

@@ -1,4 +1,4 @@
-"""Full-softmax cross-entropy over the whole catalogue, in memory that does not grow with it.
+"""Full-softmax cross-entropy over the whole catalogue, without ever holding the whole matrix of scores.
 
 Docs: https://mmseqrec.github.io/mmseqrec/losses.html.md"""
 

@@ -188,7 +188,7 @@ def top_items(
         if exclude_seen:
             row = torch.arange(len(part)).repeat_interleave(torch.tensor([len(h) for h in part]))
             scores[row, torch.tensor([i for h in part for i in h]) - 1] = -torch.inf
-        if scores.isnan().any(): raise ValueError("scores hold NaN, which cannot be ranked: look at the model's weights")
+        if scores.isnan().any(): raise ValueError("scores hold NaN, which has no rank: check the model's weights")
         best = scores.topk(min(k, len(items)))
         best_ids.append(items.ids[best.indices].cpu())
         best_scores.append(best.values.cpu())

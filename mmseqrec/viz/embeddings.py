@@ -25,8 +25,7 @@ def pca_2d(
 ) -> tuple[np.ndarray, np.ndarray]:  # `[N, 2]` coordinates, and `[2]` share of the variance of each axis, 0 to 1
     "Project onto the two directions of largest variance."
     centred = np.asarray(x, np.float64) - np.mean(x, axis=0, dtype=np.float64)
-    covariance = centred.T @ centred
-    variances, directions = np.linalg.eigh(covariance)
+    variances, directions = np.linalg.eigh(centred.T @ centred)
     axes = directions[:, ::-1][:, :2]
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
     return centred @ axes, variances[::-1][:2].clip(0) / max(variances.clip(0).sum(), 1e-12)
