@@ -347,13 +347,14 @@ def run_of_another(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("what", [*OTHERS, *OTHER_MODELS, "events", "stages"])
+@pytest.mark.parametrize("what", [*OTHERS, *OTHER_MODELS, "events", "stages", "users"])
 def test_a_checkpoint_of_another_run_is_refused(run_of_another, what):
     model, store, options = build("content_both"), make_store(), QUICK
     if what in OTHERS: options = QUICK | OTHERS[what]
     if what in OTHER_MODELS: model = OTHER_MODELS[what]()
     if what == "events": store = make_store(seed=1)
     if what == "stages": store = replace(store, stage=np.where(store.stage == VALID, TEST, store.stage).astype(np.int8))
+    if what == "users": store = replace(store, offsets=np.insert(store.offsets, 1, 1))  # the first event is another user's
     before = weights(model)
     with pytest.raises(ValueError, match="run.safetensors belongs to a run with other data or settings; delete it or choose"):
         fit(model, store, **options, checkpoint=run_of_another)
