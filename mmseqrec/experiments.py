@@ -40,9 +40,9 @@ class RunConfig:
     interactions: str | None = None  # table of events; `None` takes the marketplace
     items: str | None = None  # table of items
     images: str | None = None  # folder of pictures
-    user_column: str = "user_id"
-    item_column: str = "item_id"
-    time_column: str = "timestamp"
+    user_column: str = "user_id"  # of the table of events
+    item_column: str = "item_id"  # of both tables
+    time_column: str = "timestamp"  # of the table of events
     text_columns: tuple[str, ...] | None = None  # columns with texts; `None` takes all that hold text
     image_column: str | None = None  # column with file names; `None` looks for <item_id>.jpg, <item_id>_0.png, ...
     domain: str = "kitchen"  # of the marketplace
@@ -52,19 +52,19 @@ class RunConfig:
     min_user: int = 5  # k-core: fewest events of a user
     min_item: int = 5  # k-core: fewest events of an item
     text_encoder: str = "auto"  # a checkpoint's name or folder; "shipped" is the package's own CLIP
-    image_encoder: str = "auto"
+    image_encoder: str = "auto"  # likewise
     systems: tuple[str, ...] = ("popularity", "markov", "sasrec", "content_sasrec")
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0,)  # one training of each system a seed
     hidden_size: int = 64  # D
     max_len: int = 50  # longest history, in items
     epochs: int = 40  # at most so many
     batch_size: int = 256  # targets in an optimiser step
-    lr: float = 1e-3
+    lr: float = 1e-3  # learning rate
     patience: int = 4  # epochs without a better validation metric
     metric: str = "ndcg@10"  # chooses the best epoch
     exclude_seen: bool = False  # take items of the history out of the ranking
-    device: str = "auto"
-    precision: str = "auto"
+    device: str = "auto"  # `"cpu"`, `"cuda"`, ...
+    precision: str = "auto"  # `"no"`, `"bf16"`, `"fp16"`
     umap: bool = False  # draw the report's map with UMAP instead of PCA
 
     def __post_init__(self):
@@ -111,7 +111,7 @@ def _sizes(config): return {"hidden_size": config.hidden_size, "max_len": config
 
 SYSTEMS = {system.name: system for system in (
     System("popularity", "Popularity", COLORS["neutral"], lambda catalogue, config: Popularity(), has_seed=False),
-    System("markov", "First-order Markov", "#9aa5b1", lambda catalogue, config: Markov(), has_seed=False),
+    System("markov", "First-order Markov", COLORS["accent"], lambda catalogue, config: Markov(), has_seed=False),
     System("sasrec", "SASRec over IDs", COLORS["id"], lambda catalogue, config: SASRec(**_sizes(config))),
     System("content_sasrec", "SASRec over content", COLORS["both"],
            lambda catalogue, config: ContentSASRec(**feature_sizes(catalogue), **_sizes(config))),
@@ -209,7 +209,7 @@ class Result:
     def color(self) -> str: return SYSTEMS[self.system].color
 
 # %% ../nbs/60_experiments.ipynb #result-files
-_PLAIN = ("system", "seed", "valid", "seconds", "evaluation_seconds", "n_parameters")  # fields of a result that are JSON
+_PLAIN = ("system", "seed", "valid", "seconds", "evaluation_seconds", "n_parameters")  # what is JSON of a result
 
 def save_result(
     result: Result,
@@ -231,7 +231,8 @@ def load_result(
     path = Path(folder) / "result.json"
     if not path.exists() or (stored := read_json(path))["fingerprint"] != mark: return None
     evaluation = Evaluation(**load_file(Path(folder) / "ranks.safetensors"), n_items=stored["n_items"])
-    return Result(**{name: stored[name] for name in _PLAIN}, evaluation=evaluation, history=History(**stored["history"]), folder=Path(folder))
+    return Result(**{name: stored[name] for name in _PLAIN}, evaluation=evaluation,
+                  history=History(**stored["history"]), folder=Path(folder))
 
 # %% ../nbs/60_experiments.ipynb #run-system
 def run_system(
@@ -272,7 +273,10 @@ def result_fingerprint(
     "Digest what a result depends on: events, features, the settings that matter, and the version of the numbers."
     settings = "hidden_size max_len epochs batch_size lr patience metric exclude_seen precision".split()
     return fingerprint(RESULT_VERSION, name, seed, [getattr(config, key) for key in settings], data.store.items,
-                       data.store.offsets, data.store.stage, list(data.catalogue.item_tokens), data.catalogue.encoders)
+                       data.store.offsets, data.store.stage, list(data.catalogue.item_tokens), data.catalogue.encoders,
+                       *(None if x is None else x.float().numpy()
+                         for x in (data.catalogue.text_emb, data.catalogue.image_emb)),
+                       data.catalogue.text_pad_mask.numpy(), data.catalogue.image_pad_mask.numpy())
 
 # %% ../nbs/60_experiments.ipynb #run
 @dataclass(frozen=True, eq=False)
@@ -313,10 +317,10 @@ def result_table(
         row = {"system": name, "title": SYSTEMS[name].title, "n_seeds": len(results),
                "n_parameters": results[0].n_parameters, "seconds": float(np.mean([r.seconds for r in results]))}
         for metric in metrics:
-            values = [r.evaluation.values(metric) for r in results]
-            low, high = bootstrap_interval(user_means(np.mean(values, axis=0), results[0].evaluation.user))
-            row[metric] = {"value": float(np.mean(values)), "low": low, "high": high,
-                           "spread": float(np.std([v.mean() for v in values], ddof=1)) if len(values) > 1 else None}
+            means = [user_means(r.evaluation.values(metric), r.evaluation.user) for r in results]  # one [U] a seed
+            low, high = bootstrap_interval(np.mean(means, axis=0))
+            row[metric] = {"value": float(np.mean(means)), "low": low, "high": high,
+                           "spread": float(np.std([m.mean() for m in means], ddof=1)) if len(means) > 1 else None}
         if baseline in groups and name != baseline:
             row["difference"] = difference(results, groups[baseline], metrics[0])
         rows.append(row)

@@ -269,5 +269,6 @@ def plot_fit(
         right.plot(history.best_epoch + 1, history.best_value, "o", markersize=5, color=line.get_color())
     left.set(title="Training loss", xlabel="epoch", ylabel=term)
     right.set(title=f"Validation {metric.replace('ndcg', 'NDCG').replace('recall', 'Recall')}", xlabel="epoch")
+    for ax in (left, right): ax.xaxis.get_major_locator().set_params(integer=True)
     if len(histories) > 1: left.legend()
     return fig

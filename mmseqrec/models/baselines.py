@@ -137,7 +137,7 @@ class Markov(Popularity):
 
 # %% ../../nbs/50_models.baselines.ipynb #causal
 class CausalRecommender(Recommender):
-    "Causal Transformer over item vectors; subclasses say where `item_vectors` come from."
+    "Causal Transformer over item vectors; subclasses set `encoder` and define `item_vectors`."
     causal = True
     cosine = False  # compare directions only
 
