@@ -102,7 +102,9 @@ def fingerprint(
             digest.update(f"{type(part).__name__}{len(raw)}:".encode() + raw)
         elif isinstance(part, np.generic): add(part.item())
         elif part is None or isinstance(part, (bool, int, float)): digest.update(f"({part!r})".encode())
-        else: raise TypeError(f"cannot take a fingerprint of {type(part).__name__}: pass its numbers or its name")
+        else:
+            kind = "an array of objects" if isinstance(part, np.ndarray) else type(part).__name__
+            raise TypeError(f"cannot take a fingerprint of {kind}: pass its numbers or its name")
     add(list(parts))
     return digest.hexdigest()[:16]
 
