@@ -90,14 +90,14 @@ def test_padding_does_not_change_a_text(tokenizer):
 
 # ---------------------------------------------------------------------------------------------------------- training
 
-def test_training_repeats_to_the_digit_and_stops_where_asked(tiny):
+def test_training_repeats_to_the_digit_and_stops_where_asked(tiny, tokenizer):
     images, captions = tiny[0][:80], tiny[1][:80]
-    runs = [train_clip(images, captions, steps=steps, stop_after=stop, batch_size=32, progress=False)
+    runs = [train_clip(images, captions, tokenizer=tokenizer, steps=steps, stop_after=stop, batch_size=32, progress=False)
             for steps, stop in ((40, 3), (40, 3), (40, 5), (4, None))]
     assert runs[0].curve == runs[1].curve == runs[2].curve[:3] and [len(run.curve) for run in runs] == [3, 3, 5, 4]
     weights = [run.model.state_dict() for run in runs]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert train_clip(images, captions, seed=1, stop_after=1, batch_size=32, progress=False).curve != runs[0].curve[:1]
+    assert train_clip(images, captions, tokenizer=tokenizer, seed=1, stop_after=1, batch_size=32, progress=False).curve != runs[0].curve[:1]
     with pytest.raises(ValueError, match="caption 1 .* has no telling word"):
         train_clip(images[:2], ["red mug", "..."], stop_after=1, progress=False)
 
@@ -105,14 +105,14 @@ def test_training_repeats_to_the_digit_and_stops_where_asked(tiny):
 def test_eight_steps_meet_the_stored_ones(tiny):
     stored = read_json(artifact_path("clip", "training.json"))
     assert stored["recipe"] == RECIPE and stored["held_out"] == HELD_OUT
-    run = train_clip(*tiny, stop_after=8, progress=False)
+    run = train_clip(*tiny, tokenizer=load_shipped_clip()[1], stop_after=8, progress=False)
     np.testing.assert_allclose(run.curve, stored["tiny_curve"], rtol=.02)
 
 
 @pytest.mark.slow
 def test_the_full_run_meets_the_stored_one(tmp_path):
     stored = read_json(artifact_path("clip", "training.json"))
-    run = train_shipped_clip(tmp_path, progress=False)
+    run = train_shipped_clip(tmp_path, load_shipped_clip()[1], progress=False)
     np.testing.assert_allclose(run.curve[:20], stored["curve"][:20], rtol=.02)
     measured = read_json(tmp_path / "training.json")["measured"]
     for name, value in stored["measured"].items(): assert measured[name] == pytest.approx(value, abs=.02), name

@@ -7,12 +7,11 @@ Docs: https://mmseqrec.github.io/mmseqrec/features.clip.html.md"""
 # %% auto #0
 __all__ = ['IMAGE_SETTINGS', 'RECIPE', 'HELD_OUT', 'TINY', 'open_picture', 'preprocess_images', 'train_tokenizer',
            'quiet_transformers', 'make_clip', 'text_features', 'image_features', 'clip_loss', 'word_loss',
-           'caption_words', 'ClipRun', 'train_clip', 'save_clip', 'load_clip', 'load_shipped_clip',
+           'caption_words', 'ClipRun', 'train_clip', 'load_clip', 'load_shipped_clip', 'save_clip',
            'train_shipped_clip', 'plot_training', 'embed_pictures', 'embed_texts', 'plot_similarity',
            'retrieval_recall', 'plot_word_scores', 'attribute_accuracy', 'measure_clip']
 
 # %% ../../nbs/20_features.clip.ipynb #imports
-import ast
 import contextlib
 import inspect
 import json
@@ -260,18 +259,19 @@ def train_clip(
     images: np.ndarray,  # `[N, height, width, 3]` bytes
     captions: list[str],  # `[N]` what each picture shows
     *,
+    tokenizer=None,  # `None` trains one on the captions (its library breaks ties at random: ids may differ by run)
     seed: int = 0,  # weights and order of the pairs
     steps: int = 2800,  # optimiser steps that the learning rate is planned for
     stop_after: int | None = None,  # stop earlier, with the plan of the full run
-    batch_size: int = 64,  # pairs of a step
-    learning_rate: float = 2e-3,  # the highest
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
     warmup: int = 30,  # steps until the full learning rate
     word_weight: float = 4.0,  # weight of the words' loss beside that of the captions
     progress: bool = True,  # show a progress bar
     **sizes,  # other sizes of the picture tower, see `make_clip`
 ) -> ClipRun:  # model (in evaluation mode), tokenizer, curve
-    "Train a small CLIP from scratch; the same seed gives the same digits with the same number of threads."
-    start, tokenizer = time.process_time(), train_tokenizer(captions)
+    "Train a small CLIP from scratch; the same tokenizer and seed give the same digits with the same number of threads."
+    start, tokenizer = time.process_time(), tokenizer or train_tokenizer(captions)
     model, words, curve = make_clip(tokenizer, seed, **sizes).train(), caption_words(captions), []
     if (empty := [row for row, some in enumerate(words) if not some]):
         raise ValueError(f"caption {empty[0]} ({captions[empty[0]]!r}) has no telling word; leave the pair out")
@@ -303,27 +303,6 @@ def _batch_rows(n, batch_size, seed, step):
     order = np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(n)
     return order[place * batch_size:(place + 1) * batch_size].tolist()
 
-# %% ../../nbs/20_features.clip.ipynb #save-clip
-def save_clip(
-    run: ClipRun,
-    folder: str | Path,  # gets `model.safetensors` (16 bits), `config.json`, the tokenizer and the picture settings
-    **notes,  # what else to write into the header of the weights, such as `seed=0`
-) -> Path:  # the folder, which plain transformers can load
-    "Save a trained CLIP as a checkpoint of transformers, with its origin in the header of the weights."
-    folder, parts = Path(folder), (train_clip, make_clip, word_loss, clip_loss, _initialise)
-    code = [ast.dump(ast.parse(inspect.getsource(part))) for part in parts]  # comments do not count
-    weights = {name: weight.half().contiguous() for name, weight in run.model.state_dict().items()}
-    origin = {"format": "pt", "code": fingerprint(code), "notes": json.dumps(notes), "origin": json.dumps(provenance())}
-    with quiet_transformers():
-        run.tokenizer.save_pretrained(folder)
-        run.model.config.save_pretrained(folder)
-    special = {f"{name}_token": getattr(run.tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": run.tokenizer.model_max_length, **special})
-    write_json(folder / "preprocessor_config.json", IMAGE_SETTINGS)
-    with atomic_path(folder / "model.safetensors") as temporary: save_file(weights, temporary, origin)
-    return folder
-
 # %% ../../nbs/20_features.clip.ipynb #load-clip
 def load_clip(
     folder: str | Path,  # folder with `config.json`, `model.safetensors` and the tokenizer's files
@@ -338,13 +317,35 @@ def load_shipped_clip():  # `(CLIPModel, tokenizer)`
     "Load the small CLIP that ships with mmseqrec."
     return load_clip(artifact_path("clip"))
 
+# %% ../../nbs/20_features.clip.ipynb #save-clip
+def save_clip(
+    run: ClipRun,
+    folder: str | Path,  # gets `model.safetensors` (16 bits), `config.json`, the tokenizer and the picture settings
+    **notes,  # what else to write into the header of the weights, such as `seed=0`
+) -> Path:  # the folder, which plain transformers can load
+    "Save a trained CLIP as a checkpoint of transformers, with its origin in the header of the weights."
+    folder, parts = Path(folder), (train_clip, make_clip, word_loss, clip_loss, _initialise)
+    code = [inspect.getsource(part) for part in parts]
+    weights = {name: weight.half().contiguous() for name, weight in run.model.state_dict().items()}
+    origin = {"format": "pt", "code": fingerprint(code), "notes": json.dumps(notes), "origin": json.dumps(provenance())}
+    with quiet_transformers():
+        run.tokenizer.save_pretrained(folder)
+        run.model.config.save_pretrained(folder)
+    special = {f"{name}_token": getattr(run.tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": run.tokenizer.model_max_length, **special})
+    write_json(folder / "preprocessor_config.json", IMAGE_SETTINGS)
+    with atomic_path(folder / "model.safetensors") as temporary: save_file(weights, temporary, origin)
+    return folder
+
 # %% ../../nbs/20_features.clip.ipynb #train-shipped
 RECIPE = {"n_images": 12000, "corpus_seed": 1, "image_size": 96, "seed": 0, "steps": 2800}  # of the shipped weights
 HELD_OUT = {"n": 1024, "seed": 2, "image_size": 96}  # pairs that training never sees
-TINY = {"n": 200, "seed": 11, "image_size": 96}  # pairs of a run of eight steps, to notice stale files
+TINY = {"n": 200, "seed": 11, "image_size": 96}  # pairs of a run of eight steps that takes seconds and shows stale files
 
 def train_shipped_clip(
     folder: str | Path,  # where the checkpoint is written
+    tokenizer=None,  # the shipped one repeats the shipped run; `None` trains a new one
     stop_after: int | None = None,  # steps, to follow the beginning of the run only
     progress: bool = True,  # show progress bars
     **changes,  # other values for `RECIPE`, for experiments
@@ -353,11 +354,11 @@ def train_shipped_clip(
     recipe = RECIPE | changes
     images, captions = make_caption_corpus(recipe["n_images"], recipe["corpus_seed"], image_size=recipe["image_size"],
                                            progress=progress)
-    run = train_clip(images, captions, seed=recipe["seed"], steps=recipe["steps"], stop_after=stop_after,
-                     progress=progress)
+    run = train_clip(images, captions, tokenizer=tokenizer, seed=recipe["seed"], steps=recipe["steps"],
+                     stop_after=stop_after, progress=progress)
     save_clip(run, folder, **recipe)
     measured = measure_clip(*load_clip(folder), *make_caption_corpus(**HELD_OUT))
-    tiny = train_clip(*make_caption_corpus(**TINY), stop_after=8, progress=False)
+    tiny = train_clip(*make_caption_corpus(**TINY), tokenizer=run.tokenizer, stop_after=8, progress=False)
     write_json(Path(folder) / "training.json", {
         "recipe": recipe, "held_out": HELD_OUT, "measured": measured, "seconds": round(run.seconds),
         "provenance": provenance(), "tiny_curve": tiny.curve, "curve": run.curve})
@@ -385,7 +386,7 @@ def embed_pictures(
     model,  # a CLIP
     pictures,  # files, PIL pictures or arrays
     settings: dict = IMAGE_SETTINGS,  # how they must be prepared
-    batch_size: int = 128,  # pictures at once
+    batch_size: int = 128,
 ) -> torch.Tensor:  # `[N, D]`, rows of length 1
     "Embed pictures in the shared space."
     parts = (pictures[start:start + batch_size] for start in range(0, len(pictures), batch_size))
@@ -397,7 +398,7 @@ def embed_texts(
     model,  # a CLIP
     tokenizer,  # its tokenizer
     texts,  # list of texts
-    batch_size: int = 256,  # texts at once
+    batch_size: int = 256,
 ) -> torch.Tensor:  # `[N, D]`, rows of length 1
     "Embed texts in the shared space."
     parts = (texts[start:start + batch_size] for start in range(0, len(texts), batch_size))
@@ -436,7 +437,7 @@ def plot_similarity(
 # %% ../../nbs/20_features.clip.ipynb #retrieval
 def retrieval_recall(
     similarity: np.ndarray,  # `[N, N]` row i belongs to column i
-    k: int = 1,  # length of the list
+    k: int = 1,
 ) -> float:  # between 0 and 1
     "Compute the share of rows whose own column is among the `k` largest; ties count against it."
     own = np.diagonal(similarity)[:, None]
