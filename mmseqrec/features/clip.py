@@ -447,17 +447,17 @@ def retrieval_recall(
 def plot_word_scores(
     images,  # `[n]` pictures
     words: list[str],  # `[W]` candidates
-    scores: np.ndarray,  # `[n, W]` cosines
+    scores: np.ndarray,  # `[n, W]` how near each word is; comparable between words
     top: int = 5,  # bars a picture
 ) -> plt.Figure:
     "Draw pictures with their nearest words as bars."
-    fig, axes = plt.subplots(2, len(images), figsize=(1.55 * len(images), 2.9), height_ratios=[1.15, 1])
+    fig, axes = plt.subplots(2, len(images), figsize=(1.5 * len(images), 2.7), height_ratios=[1, 1])
     for column, (image, row) in enumerate(zip(images, scores)):
         order = np.argsort(-row)[:top]
         axes[0, column].imshow(np.asarray(image))
         axes[0, column].axis("off")
         axes[1, column].barh(range(top), row[order], color=COLORS["text"], height=.75)
-        axes[1, column].set(yticks=range(top), xticks=[], xlim=(0, max(scores.max(), .1) * 1.05))
+        axes[1, column].set(yticks=range(top), xticks=[], xlim=(0, scores.max() * 1.05))
         axes[1, column].set_yticklabels([words[place] for place in order], fontsize=7.5)
         axes[1, column].invert_yaxis()
         axes[1, column].tick_params(length=0)
