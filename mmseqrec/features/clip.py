@@ -12,6 +12,7 @@ __all__ = ['IMAGE_SETTINGS', 'RECIPE', 'HELD_OUT', 'TINY', 'open_picture', 'prep
            'retrieval_recall', 'plot_word_scores', 'attribute_accuracy', 'measure_clip']
 
 # %% ../../nbs/20_features.clip.ipynb #imports
+import ast
 import contextlib
 import inspect
 import json
@@ -263,8 +264,8 @@ def train_clip(
     seed: int = 0,  # weights and order of the pairs
     steps: int = 2800,  # optimiser steps that the learning rate is planned for
     stop_after: int | None = None,  # stop earlier, with the plan of the full run
-    batch_size: int = 64,
-    learning_rate: float = 2e-3,
+    batch_size: int = 64,  # pairs of a step
+    learning_rate: float = 2e-3,  # the highest
     warmup: int = 30,  # steps until the full learning rate
     word_weight: float = 4.0,  # weight of the words' loss beside that of the captions
     progress: bool = True,  # show a progress bar
@@ -325,7 +326,7 @@ def save_clip(
 ) -> Path:  # the folder, which plain transformers can load
     "Save a trained CLIP as a checkpoint of transformers, with its origin in the header of the weights."
     folder, parts = Path(folder), (train_clip, make_clip, word_loss, clip_loss, _initialise)
-    code = [inspect.getsource(part) for part in parts]
+    code = [ast.dump(ast.parse(inspect.getsource(part))) for part in parts]  # comments do not count
     weights = {name: weight.half().contiguous() for name, weight in run.model.state_dict().items()}
     origin = {"format": "pt", "code": fingerprint(code), "notes": json.dumps(notes), "origin": json.dumps(provenance())}
     with quiet_transformers():
@@ -341,7 +342,7 @@ def save_clip(
 # %% ../../nbs/20_features.clip.ipynb #train-shipped
 RECIPE = {"n_images": 12000, "corpus_seed": 1, "image_size": 96, "seed": 0, "steps": 2800}  # of the shipped weights
 HELD_OUT = {"n": 1024, "seed": 2, "image_size": 96}  # pairs that training never sees
-TINY = {"n": 200, "seed": 11, "image_size": 96}  # pairs of a run of eight steps that takes seconds and shows stale files
+TINY = {"n": 200, "seed": 11, "image_size": 96}  # pairs of a run of eight steps, to notice stale files
 
 def train_shipped_clip(
     folder: str | Path,  # where the checkpoint is written
@@ -386,7 +387,7 @@ def embed_pictures(
     model,  # a CLIP
     pictures,  # files, PIL pictures or arrays
     settings: dict = IMAGE_SETTINGS,  # how they must be prepared
-    batch_size: int = 128,
+    batch_size: int = 128,  # pictures at once
 ) -> torch.Tensor:  # `[N, D]`, rows of length 1
     "Embed pictures in the shared space."
     parts = (pictures[start:start + batch_size] for start in range(0, len(pictures), batch_size))
@@ -398,7 +399,7 @@ def embed_texts(
     model,  # a CLIP
     tokenizer,  # its tokenizer
     texts,  # list of texts
-    batch_size: int = 256,
+    batch_size: int = 256,  # texts at once
 ) -> torch.Tensor:  # `[N, D]`, rows of length 1
     "Embed texts in the shared space."
     parts = (texts[start:start + batch_size] for start in range(0, len(texts), batch_size))
@@ -437,7 +438,7 @@ def plot_similarity(
 # %% ../../nbs/20_features.clip.ipynb #retrieval
 def retrieval_recall(
     similarity: np.ndarray,  # `[N, N]` row i belongs to column i
-    k: int = 1,
+    k: int = 1,  # length of the list
 ) -> float:  # between 0 and 1
     "Compute the share of rows whose own column is among the `k` largest; ties count against it."
     own = np.diagonal(similarity)[:, None]
