@@ -154,7 +154,7 @@ def resolve_config(
 ):  # `RunConfig`
     "Combine defaults, configuration file and options. Raises `ValueError` or `FileNotFoundError` with a sentence."
     from mmseqrec.artifacts import read_json
-    from mmseqrec.experiments import SYSTEMS, RunConfig
+    from mmseqrec.experiments import ALL, RunConfig
     values, given = {}, vars(args)
     if "config" in given:
         if not Path(args.config).is_file(): raise FileNotFoundError(f"there is no configuration file {args.config}")
@@ -162,10 +162,10 @@ def resolve_config(
         if not isinstance(values, dict): raise ValueError(f"{args.config} must hold one JSON object with settings")
     values |= {k: v for k, v in given.items() if k not in ("command", "version", "config", "out", "quiet", "debug")}
     if "seeds" in given: values["seeds"] = range(args.seeds)
-    asked = values.get("systems", RunConfig().systems)
-    names = [name for text in ([asked] if isinstance(asked, str) else asked) for name in str(text).split(",") if name]
-    if "all" in names: names = list(SYSTEMS)
-    values["systems"] = dict.fromkeys([*(n for n in ("popularity", "markov") if n in SYSTEMS), *names])
+    if (asked := values.get("systems")) is not None:
+        names = [name for text in ([asked] if isinstance(asked, str) else asked) for name in str(text).split(",") if name]
+        if "all" in names: names = list(ALL)
+        values["systems"] = dict.fromkeys(["popularity", "markov", *names])
     check_device(values.get("device", "auto"))
     config = RunConfig.from_dict(values)
     if not re.fullmatch(r"(recall|ndcg|mrr)@[1-9]\d*|mrr", config.metric):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 from PIL import Image
 
 # %% ../nbs/02_figures.ipynb #colours
@@ -26,16 +25,25 @@ COLORS = {
     "accent": "#b83a4b",
     "neutral": "#c9ced6",
     "ink": "#22262b",
+    "pretrained": "#6b4ea0",
+    "scratch": "#b3a1d6",
 }
 
 def set_style() -> None:
     "Use the book's style for all figures made from here on."
-    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85, palette=list(COLORS.values())[:5], rc={
+    plt.rcParams.update({
         "figure.figsize": (6.4, 3.4), "figure.dpi": 80, "savefig.dpi": 80, "figure.constrained_layout.use": True,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": COLORS["neutral"],
-        "axes.labelcolor": COLORS["ink"], "axes.titleweight": "bold", "axes.titlesize": 10.5, "grid.color": "#eceff3",
-        "axes.titlelocation": "left", "legend.frameon": False, "image.interpolation": "nearest",
-        "svg.hashsalt": "mmseqrec"})
+        "axes.prop_cycle": plt.cycler(color=list(COLORS.values())[:5]), "text.color": ".15", "font.size": 10.2,
+        "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+        "axes.labelsize": 10.2, "axes.labelcolor": COLORS["ink"], "axes.edgecolor": COLORS["neutral"],
+        "axes.linewidth": 1.25, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "axes.axisbelow": True, "grid.color": "#eceff3", "grid.linewidth": 1,
+        **{f"{axis}tick.{key}": value for axis in "xy" for key, value in (
+            ("color", ".15"), ("labelsize", 9.35), ("major.size", 6), ("major.width", 1.25))},
+        "xtick.bottom": False, "ytick.left": False,
+        "legend.frameon": False, "legend.fontsize": 9.35, "legend.title_fontsize": 10.2,
+        "lines.solid_capstyle": "round", "patch.edgecolor": "white", "patch.force_edgecolor": True,
+        "image.interpolation": "nearest", "svg.hashsalt": "mmseqrec"})
 
 # %% ../nbs/02_figures.ipynb #new-axes
 def _axes(ax, title, xlabel, ylabel, figsize=None):
@@ -104,6 +112,7 @@ def plot_heatmap(
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw a matrix as coloured cells."
+    import seaborn as sns  # slow to import: only who draws a heat map waits for it
     values = np.asarray(values)
     rows, columns = values.shape
     ax = _axes(ax, title, xlabel, ylabel, figsize=(min(1.6 + .45 * columns, 9), min(1.1 + .32 * rows, 7)))

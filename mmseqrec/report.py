@@ -626,9 +626,9 @@ def reproduce_html(
 ) -> str:
     "Say how to get the same numbers again."
     config = json.dumps(run.config.to_dict(), indent=1, ensure_ascii=False)
-    return (f"<p>The same data, versions and number of threads give the same digits. Save the configuration below as "
-            f"<code>run.json</code> (it also lies in the folder of the run), then:</p>"
-            f"<pre><code>mmseqrec run --config run.json --out runs/again</code></pre>"
+    return ("<p>The same data, versions and number of threads give the same digits. Save the configuration below as "
+            "<code>run.json</code> (it also lies in the folder of the run), then:</p>"
+            "<pre><code>mmseqrec run --config run.json --out runs/again</code></pre>"
             + (f"<p>This run was started with</p><pre><code>{escape(command)}</code></pre>" if command else "")
             + f"<details><summary>Configuration as JSON</summary><pre><code>{escape(config)}</code></pre></details>")
 

@@ -7,6 +7,7 @@ from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import SequenceStore
 from mmseqrec.features.encoders import catalogue_from_arrays
 from mmseqrec.models.baselines import ContentSASRec, Markov, Popularity, SASRec
+from mmseqrec.models.mp4sr import MP4SR, MSM4SR
 
 TEXT_SIZE, IMAGE_SIZE, V = 6, 5, 12
 NO_IMAGE, NO_TEXT, NOTHING = 3, 4, 5  # rows of `make_catalogue` that lack something
@@ -20,6 +21,9 @@ SYSTEMS = {
     "content_text": lambda **options: ContentSASRec(text_size=TEXT_SIZE, **SIZES | options),
     "content_image": lambda **options: ContentSASRec(image_size=IMAGE_SIZE, **SIZES | options),
     "content_both": lambda **options: ContentSASRec(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, **SIZES | options),
+    "mp4sr": lambda **options: MP4SR(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, transductive=True, **SIZES | options),
+    "content_mp4sr": lambda **options: MP4SR(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, **SIZES | options),
+    "content_msm4sr": lambda **options: MSM4SR(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, **SIZES | options),
 }
 COUNTING = ("popularity", "markov")  # have no weights
 LEARNING = tuple(name for name in SYSTEMS if name not in COUNTING)

@@ -116,7 +116,11 @@ def test_the_full_run_meets_the_stored_one(tmp_path):
     run = train_shipped_clip(tmp_path, load_shipped_clip()[1], progress=False)
     np.testing.assert_allclose(run.curve[:20], stored["curve"][:20], rtol=.02)
     measured = read_json(tmp_path / "training.json")["measured"]
-    for name, value in stored["measured"].items(): assert measured[name] == pytest.approx(value, abs=.02), name
+    assert measured.keys() == stored["measured"].keys()
+    for name, value in stored["measured"].items():
+        # Another number of threads rounds otherwise, and 2800 steps make other weights of it. The recalls rest on all
+        # 1,024 pairs as a whole; an attribute hangs on a few words (nine materials), each of which may move by itself.
+        assert measured[name] == pytest.approx(value, abs=.02 if "R@" in name else .08), name
 
 
 # ----------------------------------------------------------------------------------------------------- shipped files

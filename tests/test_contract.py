@@ -146,8 +146,12 @@ def test_loss_is_the_cross_entropy_of_the_scores(name):
 @learning
 def test_every_weight_learns(name):
     model, store = build(name), make_store()
-    loss = model.train().finetune_loss(prefix_batches(store, TRAIN, 64, model.max_len)[0])["loss"]
-    loss.backward()
+    batch = prefix_batches(store, TRAIN, 64, model.max_len)[0]
+    model.train().finetune_loss(batch)["loss"].backward()
+    if model.has_pretraining:  # heads of its losses learn there
+        before = {key for key, weight in model.named_parameters() if weight.grad is not None}
+        model.pretrain_loss(batch)["loss"].backward()
+        assert {key.partition(".")[0] for key, _ in model.named_parameters() if key not in before} <= {"heads"}
     for key, weight in model.named_parameters():
         assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.any(), key
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from mmseqrec.core import set_seed
 from mmseqrec.features.encoders import catalogue_from_arrays
-from mmseqrec.layers import (ContentAdapter, ContentEmbedding, MultiHeadAttention, SequenceEncoder, TransformerBlock,
-                             init_weights)
+from mmseqrec.layers import (AttentionPooling, Centring, ContentAdapter, ContentEmbedding, MixtureOfExperts,
+                             MultiHeadAttention, SequenceEncoder, TransformerBlock, check_features, init_weights)
 from small_world import IMAGE_SIZE, NO_IMAGE, NO_TEXT, NOTHING, TEXT_SIZE, V, make_catalogue
 
 CLOSE = dict(rtol=0, atol=1e-9)
@@ -213,6 +213,9 @@ def test_parameters_by_hand():
     assert count(ContentAdapter(6, D)) == 6 * D + D + 2 * D
     assert count(ContentEmbedding(6, 5, D)) == count(ContentAdapter(6, D)) + count(ContentAdapter(5, D))
     assert count(ContentEmbedding(None, 5, D)) == count(ContentAdapter(5, D))
+    assert count(Centring(6)) == 0
+    assert count(AttentionPooling(6, inner_size=4)) == 6 * 4 + 4
+    assert count(MixtureOfExperts(6, D, n_experts=3)) == 3 * (6 * D + D + 2 * D) + 6 * 3
 
 
 def test_initial_weights():
@@ -229,6 +232,244 @@ def test_initial_weights():
     assert not module["emb"].weight.grad[0].any() and module["emb"].weight.grad[1].all()
 
 
+def test_centring_equals_loops():
+    rows = 3 * torch.randn(9, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 7
+    centring = Centring(4).double()
+    torch.testing.assert_close(centring(rows), rows, **CLOSE)  # before any statistics: nothing is changed
+    centring.fit_statistics(rows[:6])
+    centre = [sum(float(row[f]) for row in rows[:6]) / 6 for f in range(4)]
+    squares = [(float(row[f]) - centre[f]) ** 2 for row in rows[:6] for f in range(4)]
+    spread = (sum(squares) / len(squares)) ** .5
+    slow = [[(float(row[f]) - centre[f]) / spread for f in range(4)] for row in rows]
+    np.testing.assert_allclose(centring.center, centre, **CLOSE)
+    assert centring.spread.ndim == 0 and centring.spread.item() == pytest.approx(spread, abs=1e-9)
+    np.testing.assert_allclose(centring(rows), slow, **CLOSE)
+    assert centring(rows[:6]).mean(0).abs().max() < 1e-9
+    assert centring(rows[:6]).square().mean().item() == pytest.approx(1, abs=1e-9)
+
+
+def test_centring_is_kept_with_the_weights_and_never_trained():
+    centring, again = Centring(4), Centring(4)
+    features = torch.randn(5, 4, requires_grad=True)
+    centring.fit_statistics(features)
+    assert set(centring.state_dict()) == {"center", "spread"} and not list(centring.parameters())
+    assert not centring.center.requires_grad and not centring.spread.requires_grad
+    again.load_state_dict(centring.state_dict())
+    torch.testing.assert_close(again(features), centring(features), rtol=0, atol=0)
+    centring(features).sum().backward()  # statistics are numbers, not functions of the features
+    torch.testing.assert_close(features.grad, torch.full((5, 4), 1 / centring.spread.item()))
+
+
+def test_centring_of_nothing_changes_nothing_and_of_equal_rows_stays_finite():
+    centring, rows = Centring(4), torch.randn(3, 4)
+    centring.fit_statistics(rows)
+    before = {name: x.clone() for name, x in centring.state_dict().items()}
+    centring.fit_statistics(rows[:0])
+    assert all(torch.equal(x, before[name]) for name, x in centring.state_dict().items())
+    centring.fit_statistics(rows[:1].expand(3, -1))
+    assert not centring(rows[:1]).any() and centring(rows).isfinite().all()
+
+
+def test_adapter_equals_loops():
+    adapter, features = make(ContentAdapter, 6, D), torch.randn(4, 6, dtype=torch.float64)
+    adapter.centring.fit_statistics(features[:3])
+    p, missing = numbers(adapter), torch.tensor([False, True, False, False])
+    centred = (features.numpy() - p["centring.center"]) / p["centring.spread"]
+    slow = slow_norm(slow_linear(centred, p, "linear"), p, "norm")
+    slow[1] = 0
+    np.testing.assert_allclose(adapter(features, missing).detach(), slow, **CLOSE)
+
+
+def test_check_features_names_what_does_not_fit():
+    both = catalogue_from_arrays(["a"], np.ones((1, TEXT_SIZE)), np.ones((1, IMAGE_SIZE)))
+    only_text = catalogue_from_arrays(["a"], np.ones((1, TEXT_SIZE)))
+    for fine in ({}, {"text": TEXT_SIZE}, {"image": IMAGE_SIZE}, {"text": TEXT_SIZE, "image": IMAGE_SIZE}):
+        assert check_features(both, **fine) is None
+    check_features(only_text, text=TEXT_SIZE)  # pictures that nobody expects need not be there
+    with pytest.raises(ValueError, match="expects text features of 7 numbers, the catalogue has 6 numbers.*text_size"):
+        check_features(both, text=7, image=IMAGE_SIZE)
+    with pytest.raises(ValueError, match="expects image features of 6 numbers, the catalogue has 5 numbers.*image_size"):
+        check_features(both, text=TEXT_SIZE, image=6)
+    with pytest.raises(ValueError, match="expects image features of 5 numbers, the catalogue has none.*encode it"):
+        check_features(only_text, image=IMAGE_SIZE)
+
+
+F, K = 6, 4  # numbers in a feature; room for sentences
+COUNTS = torch.tensor([4, 2, 1, 0])
+NO_SENTENCE = torch.arange(K) >= COUNTS[:, None]
+
+
+@pytest.fixture()
+def sentences():
+    "Features `[4, K, F]` of items with 4, 2, 1 and no sentences, zeros at padding."
+    x = torch.randn(4, K, F, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return x.masked_fill(NO_SENTENCE[..., None], 0)
+
+
+def slow_pooling(x, first, second, taken, b1=0.0, b2=0.0):
+    "Weights and mean of one item `[K, F]` over the sentences `taken`: both matrices one after the other, with biases."
+    hidden = {j: [sum(first[i, f] * x[j, f] for f in range(F)) + b1 for i in range(len(first))] for j in taken}
+    strength = {j: np.exp(sum(second[0, i] * h for i, h in enumerate(hidden[j])) + b2) for j in taken}
+    weights, e = np.zeros(K), np.zeros(F)
+    for j in taken:
+        weights[j] = strength[j] / sum(strength.values())
+        e += weights[j] * x[j]
+    return weights, e
+
+
+@pytest.mark.parametrize("biases", [(0.0, 0.0), (.7, -3.0)], ids=["no_biases", "biases_as_in_the_paper"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_pooling_equals_loops(sentences, masked, biases):
+    pooling = make(AttentionPooling, F, inner_size=5, masked=masked)
+    p = numbers(pooling)
+    weights, e = pooling.weights(sentences, NO_SENTENCE).detach(), pooling(sentences, NO_SENTENCE).detach()
+    for item, n in enumerate(COUNTS.tolist()):
+        taken = range(n) if masked else range(K)
+        slow_weights, slow_e = slow_pooling(sentences[item].numpy(), p["first.weight"], p["second.weight"], taken, *biases)
+        np.testing.assert_allclose(e[item], slow_e, **CLOSE)
+        if taken: np.testing.assert_allclose(weights[item], slow_weights, **CLOSE)
+    torch.testing.assert_close(weights.sum(1), torch.ones(4, dtype=torch.float64), **CLOSE)
+    padded_but_something = NO_SENTENCE & (COUNTS > 0)[:, None]
+    if masked: assert not weights[padded_but_something].any(), "padding weighs exactly nothing"
+    else: assert (weights[padded_but_something] > .01).all()
+
+
+def test_pooling_by_the_two_layers_of_the_released_code(sentences):
+    "A network of two linear layers with biases, over all rows, is what `masked=False` computes."
+    pooling, network = make(AttentionPooling, F, 5, masked=False), make(nn.Sequential, nn.Linear(F, 5), nn.Linear(5, 1))
+    pooling.load_state_dict({"first.weight": network[0].weight, "second.weight": network[1].weight})
+    assert network[0].bias.abs().sum() > .1 and network[1].bias.abs() > .01
+    expected = network(sentences).squeeze(-1).softmax(-1)
+    torch.testing.assert_close(pooling.weights(sentences, NO_SENTENCE), expected, **CLOSE)
+    torch.testing.assert_close(pooling(sentences, NO_SENTENCE), (expected[..., None] * sentences).sum(1), **CLOSE)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_an_item_with_nothing_is_zero_and_teaches_nothing(sentences, masked):
+    pooling = make(AttentionPooling, F, masked=masked)
+    e = pooling(sentences, NO_SENTENCE)
+    assert e.isfinite().all() and not e[3].any()
+    e[3].sum().backward(retain_graph=True)
+    for weight in pooling.parameters(): assert not weight.grad.any()
+    e.square().sum().backward()
+    for weight in pooling.parameters(): assert weight.grad.isfinite().all() and weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_pooling_of_nothing_is_finite_in_every_precision(sentences, dtype):
+    pooling = make(AttentionPooling, F).to(dtype)
+    x = sentences.to(dtype)
+    weights, e = pooling.weights(x, NO_SENTENCE), pooling(x, NO_SENTENCE)
+    assert e.dtype == dtype and e.isfinite().all() and not e[3].any()
+    assert not weights[NO_SENTENCE & (COUNTS > 0)[:, None]].any()
+
+
+def test_what_stands_at_masked_padding_does_not_matter(sentences):
+    pooling, other = make(AttentionPooling, F), sentences.clone()
+    other[NO_SENTENCE] = 1e4
+    torch.testing.assert_close(pooling(other, NO_SENTENCE)[:3], pooling(sentences, NO_SENTENCE)[:3], **CLOSE)
+
+
+def test_order_and_more_padding_do_not_matter(sentences):
+    pooling = make(AttentionPooling, F)
+    expected = pooling(sentences, NO_SENTENCE)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(pooling(sentences[:, order], NO_SENTENCE[:, order]), expected, **CLOSE)
+    torch.testing.assert_close(pooling.weights(sentences[:, order], NO_SENTENCE[:, order])[:3],
+                               pooling.weights(sentences, NO_SENTENCE)[:3, order], **CLOSE)
+    wider = torch.cat([sentences, torch.zeros(4, 3, F, dtype=torch.float64)], 1)
+    wider_pad = torch.cat([NO_SENTENCE, torch.ones(4, 3, dtype=torch.bool)], 1)
+    torch.testing.assert_close(pooling(wider, wider_pad), expected, **CLOSE)
+    torch.testing.assert_close(pooling(sentences[:, :1], NO_SENTENCE[:, :1])[2], sentences[2, 0], **CLOSE)
+    legacy = make(AttentionPooling, F, masked=False)  # there, each row of zeros takes from the others
+    assert (legacy(wider, wider_pad)[:3].norm(dim=1) < .95 * legacy(sentences, NO_SENTENCE)[:3].norm(dim=1)).all()
+
+
+def test_pooling_is_trained_or_not(sentences):
+    features = sentences.clone().requires_grad_()
+    frozen = make(AttentionPooling, F, trained=False)
+    assert not any(weight.requires_grad for weight in frozen.parameters()) and set(frozen.state_dict())
+    frozen(features, NO_SENTENCE).square().sum().backward()
+    assert features.grad.any() and all(weight.grad is None for weight in frozen.parameters())
+    trained = make(AttentionPooling, F)
+    torch.testing.assert_close(trained(sentences, NO_SENTENCE), frozen(sentences, NO_SENTENCE), **CLOSE)
+    x = sentences.clone().requires_grad_()
+    first, second = trained.first.weight, trained.second.weight
+    def pool(x, first, second):
+        p = {"first.weight": first, "second.weight": second}
+        return torch.func.functional_call(trained, p, (x, NO_SENTENCE))
+    assert torch.autograd.gradcheck(pool, (x, first, second))
+
+
+def experts(n_experts=3, dropout=0.0):
+    "Experts with lively weights, norms and gate."
+    return make(MixtureOfExperts, F, D, n_experts, dropout)
+
+
+def slow_experts(f, p, n_experts):
+    "One item, one expert after the other, each with its own matrix and normalisation."
+    logits = [sum(f[i] * p["gate"][i, g] for i in range(len(f))) for g in range(n_experts)]
+    z = np.zeros(D)
+    for g in range(n_experts):
+        rows = slice(g * D, (g + 1) * D)
+        answer = p["experts.weight"][rows] @ f + p["experts.bias"][rows]
+        answer = slow_norm(answer, {"n.weight": p["scale"][g], "n.bias": p["shift"][g]}, "n")
+        z += np.exp(logits[g]) / sum(map(np.exp, logits)) * answer
+    return z
+
+
+@pytest.mark.parametrize("n_experts", [1, 3, 8])
+def test_experts_equal_loops(n_experts):
+    module, f = experts(n_experts), torch.randn(5, F, dtype=torch.float64)
+    p = numbers(module)
+    if n_experts > 1: assert module.gates(f).std(0).min() > .02, "the gate looks at the item"
+    torch.testing.assert_close(module.gates(f).sum(1), torch.ones(5, dtype=torch.float64), **CLOSE)
+    slow = np.stack([slow_experts(row.numpy(), p, n_experts) for row in f])
+    np.testing.assert_allclose(module(f).detach(), slow, **CLOSE)
+    assert module(f[:0]).shape == (0, D)
+
+
+def test_experts_equal_separate_modules():
+    "G small networks of PyTorch's own layers, and a gate on top."
+    module, f = experts(), torch.randn(5, F, dtype=torch.float64)
+    answers = []
+    for g in range(3):
+        linear, norm = nn.Linear(F, D).double(), nn.LayerNorm(D, eps=1e-12).double()
+        linear.load_state_dict({name: x.unflatten(0, (3, D))[g] for name, x in module.experts.state_dict().items()})
+        norm.load_state_dict({"weight": module.scale[g], "bias": module.shift[g]})
+        answers.append(norm(linear(f)))
+    expected = sum(module.gates(f)[:, g, None] * answer for g, answer in enumerate(answers))
+    torch.testing.assert_close(module(f), expected, **CLOSE)
+
+
+def test_all_experts_are_asked_alike_at_first():
+    set_seed(0)
+    module, f = MixtureOfExperts(F, D), 100 * torch.randn(7, F)
+    for each in (module, init_weights(module)):
+        assert not each.gate.any()
+        torch.testing.assert_close(each.gates(f), torch.full((7, 8), 1 / 8))
+        assert each.scale.eq(1).all() and not each.shift.any() and each.experts.weight.any()
+    module.eval()(f).square()[:, 0].sum().backward()
+    assert module.gate.grad.abs().sum() > 0, "zero is a start, not a trap"
+
+
+def test_experts_gradients_equal_finite_differences():
+    module, f = experts(), torch.randn(3, F, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*module.named_parameters())
+    assert set(names) == {"experts.weight", "experts.bias", "scale", "shift", "gate"}
+    ask = lambda f, *values: torch.func.functional_call(module, dict(zip(names, values)), (f,))
+    assert torch.autograd.gradcheck(ask, (f, *values))
+
+
+def test_experts_drop_in_training_only_and_before_the_norm():
+    module, f = experts(dropout=.5), torch.randn(50, F, dtype=torch.float64)
+    assert not torch.equal(module.train()(f), module.train()(f))
+    torch.testing.assert_close(module.eval()(f), module.eval()(f), rtol=0, atol=0)
+    torch.testing.assert_close(module.eval()(f), experts(dropout=0.0)(f), rtol=0, atol=0)
+    everything = experts(dropout=1.0).train()  # a norm of zeros is zero: only the shifts are left
+    torch.testing.assert_close(everything(f), everything.gates(f) @ everything.shift, **CLOSE)
+
+
 def content(text=True, image=True, catalogue=None):
     module = make(ContentEmbedding, TEXT_SIZE if text else None, IMAGE_SIZE if image else None, D)
     module.set_catalogue(catalogue or make_catalogue())
@@ -243,7 +484,7 @@ def slow_content(module, catalogue, row):
         there = [table[row, k].double().numpy() for k in range(table.shape[1]) if not pad[row, k]]
         if there:
             mean = np.float32(sum(there) / len(there)).astype(float)
-            mean = (mean - p[f"adapters.{name}.center"]) / p[f"adapters.{name}.spread"]
+            mean = (mean - p[f"adapters.{name}.centring.center"]) / p[f"adapters.{name}.centring.spread"]
             vector += slow_norm(slow_linear(mean, p, f"adapters.{name}.linear"), p, f"adapters.{name}.norm")
     return vector
 
@@ -263,10 +504,10 @@ def test_centre_and_spread_come_from_the_given_items_that_have_the_modality():
     module.fit_statistics(torch.tensor(ids))
     for name, absent in (("text", NO_TEXT), ("image", NO_IMAGE)):
         rows = [getattr(catalogue, f"mean_{name}")()[i].double().numpy() for i in ids if i not in (absent, NOTHING)]
-        centre, adapter = sum(rows) / len(rows), module.adapters[name]
+        centre, centring = sum(rows) / len(rows), module.adapters[name].centring
         spread = np.sqrt(np.mean([(row - centre) ** 2 for row in rows]))
-        np.testing.assert_allclose(adapter.center, centre, rtol=0, atol=1e-6)
-        assert adapter.spread.item() == pytest.approx(spread, abs=1e-6)
+        np.testing.assert_allclose(centring.center, centre, rtol=0, atol=1e-6)
+        assert centring.spread.item() == pytest.approx(spread, abs=1e-6)
     slow = np.stack([slow_content(module, catalogue, row) for row in range(V + 1)])
     np.testing.assert_allclose(module(torch.arange(V + 1)).detach(), slow, rtol=0, atol=1e-6)
     before = {name: x.clone() for name, x in module.state_dict().items()}

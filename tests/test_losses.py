@@ -1,4 +1,4 @@
-"Full-softmax cross-entropy against loops: the loss, every gradient, the memory."
+"Full-softmax cross-entropy and InfoNCE against loops: the loss, every gradient, the memory."
 import math
 
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmseqrec.losses import dot_score, full_softmax_cross_entropy
+from mmseqrec.losses import dot_score, full_softmax_cross_entropy, info_nce, same_target_mask
 
 CLOSE = dict(rtol=0, atol=1e-9)
 
@@ -170,3 +170,116 @@ def test_nothing_asked_and_wrong_sizes_are_errors(max_elements):
         full_softmax_cross_entropy(sequence[:0], vectors, target[:0], max_elements=max_elements)
     with pytest.raises(ValueError, match=r"\(T\).*must be 7, got 6"):
         full_softmax_cross_entropy(sequence, vectors, target[:-1], max_elements=max_elements)
+
+
+def contrast(B=5, N=9, seed=0):
+    "Logits with 1, 2, 3, ... positives a row and some false negatives among the rest."
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(B, N, generator=generator, dtype=torch.float64)
+    rank = torch.rand(B, N, generator=generator).argsort(1)
+    is_positive = rank < torch.arange(1, B + 1)[:, None]
+    return logits, is_positive, (rank > N - 3) & (torch.arange(B)[:, None] != 1)  # row 1 has no false negatives
+
+
+def slow_info_nce(logits, is_positive, left_out=None, legacy=False):
+    "The formula, exponential by exponential."
+    total = 0.0
+    for b in range(len(logits)):
+        above = below = 0.0
+        for n in range(logits.shape[1]):
+            if left_out is not None and left_out[b, n]:
+                if legacy: below += 1.0
+                continue
+            e = math.exp(float(logits[b, n]))
+            below += e
+            if is_positive[b, n]: above += e
+        total -= math.log(above / below)
+    return total / len(logits)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("removed", [False, True])
+def test_info_nce_equals_loops(removed, legacy):
+    logits, is_positive, false_negatives = contrast()
+    assert is_positive.sum(1).tolist() == [1, 2, 3, 4, 5] and false_negatives.sum(1).tolist() == [2, 0, 2, 2, 2]
+    assert not (is_positive & false_negatives).any()
+    left_out = false_negatives if removed else None
+    loss = info_nce(logits, is_positive, left_out, legacy)
+    assert loss.ndim == 0 and loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(slow_info_nce(logits, is_positive, left_out, legacy), abs=1e-9)
+
+
+def test_false_negatives_are_removed_or_count_exactly_one():
+    logits, is_positive, false_negatives = contrast()
+    row = lambda **options: info_nce(logits[:1], is_positive[:1], **options).exp().item()  # denominator / numerator
+    above = logits[0][is_positive[0]].exp().sum().item()
+    removed, legacy = (row(false_negative_mask=false_negatives[:1], legacy_false_negatives=flag) for flag in (False, True))
+    assert (legacy - removed) * above == pytest.approx(2, abs=1e-9)
+    assert removed == pytest.approx(logits[0][~false_negatives[0]].exp().sum().item() / above, abs=1e-9)
+    for flag in (False, True):  # what stands there does not matter, however large
+        other = logits.masked_fill(false_negatives, 300.0)
+        assert info_nce(other, is_positive, false_negatives, flag) == info_nce(logits, is_positive, false_negatives, flag)
+    assert info_nce(logits, is_positive).item() != pytest.approx(info_nce(logits, is_positive, false_negatives).item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_info_nce_gradients(legacy):
+    "Softmax over all minus softmax over the positives; exactly nothing where a logit was removed."
+    logits, is_positive, false_negatives = contrast()
+    logits.requires_grad_()
+    (2 * info_nce(logits, is_positive, false_negatives, legacy)).backward()
+    z = np.where(false_negatives, 0.0 if legacy else -np.inf, logits.detach().numpy())
+    p, right = np.exp(z), np.exp(z) * is_positive.numpy()
+    expected = 2 * (p / p.sum(1, keepdims=True) - right / right.sum(1, keepdims=True)) / len(z)
+    expected[false_negatives.numpy()] = 0
+    np.testing.assert_allclose(logits.grad, expected, **CLOSE)
+    assert (logits.grad[false_negatives] == 0).all() and (logits.grad[~false_negatives] != 0).all()
+    assert torch.autograd.gradcheck(lambda z: info_nce(z, is_positive, false_negatives, legacy), (logits,))
+
+
+def test_info_nce_with_one_positive_is_cross_entropy():
+    logits, _, _ = contrast(B=6, N=6)
+    expected = F.cross_entropy(logits, torch.arange(6))
+    torch.testing.assert_close(info_nce(logits, torch.eye(6, dtype=torch.bool)), expected, **CLOSE)
+
+
+def test_info_nce_of_nothing_known_and_of_everything_right():
+    even, is_positive = torch.full((4, 10), 7.0, dtype=torch.float64), torch.arange(10).expand(4, 10) < 3
+    assert info_nce(even, is_positive).item() == pytest.approx(math.log(10 / 3), abs=1e-9)
+    logits, _, _ = contrast()
+    assert info_nce(logits, torch.ones(5, 9, dtype=torch.bool)).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_info_nce_of_huge_logits_is_finite(legacy, dtype):
+    "Cosines of 1 and -1 over a temperature of 0.01: an exponential overflows 32 bits, a logsumexp does not."
+    assert torch.tensor(1 / .01).exp().isinf()
+    diagonal = torch.eye(4, dtype=torch.bool)
+    for sign in (1, -1):
+        logits = torch.where(diagonal, sign, -sign).div(.01).to(dtype).requires_grad_()
+        false_negatives = same_target_mask(torch.tensor([1, 2, 1, 3]))
+        loss = info_nce(logits, diagonal, false_negatives, legacy)
+        loss.backward()
+        assert loss.isfinite() and logits.grad.isfinite().all()
+        assert loss.item() == pytest.approx(0 if sign == 1 else 200 + (2 * math.log(2) + 2 * math.log(3)) / 4, abs=1e-4)
+
+
+def test_info_nce_of_sixteen_bits_is_computed_in_thirty_two():
+    logits, is_positive, false_negatives = contrast(B=8, N=40)
+    narrow = logits.bfloat16().requires_grad_()
+    loss = info_nce(narrow, is_positive, false_negatives)
+    assert loss.dtype == torch.float32
+    expected = info_nce(narrow.detach().double(), is_positive, false_negatives)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)  # 16 bits would be off by about 0.01
+    loss.backward()
+    assert narrow.grad.dtype == torch.bfloat16 and narrow.grad.isfinite().all()
+
+
+def test_same_target_mask_equals_loops():
+    pos_item = torch.tensor([5, 3, 5, 9, 3, 5])
+    found = same_target_mask(pos_item)
+    slow = [[a != b and pos_item[a] == pos_item[b] for b in range(6)] for a in range(6)]
+    assert found.dtype == torch.bool and found.tolist() == slow and found.sum() == 6 + 2
+    assert not same_target_mask(torch.arange(4)).any()
+    assert torch.equal(same_target_mask(torch.full((3,), 7)), ~torch.eye(3, dtype=torch.bool))

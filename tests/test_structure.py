@@ -261,6 +261,13 @@ def test_import_is_light():
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == "[]"
 
+def test_what_is_slow_to_import_waits_for_its_use():
+    slow = ["transformers.modeling_utils", "transformers.models.auto", "transformers.models.clip", "seaborn", "umap"]
+    code = f"import sys, mmseqrec.training, mmseqrec.report\nprint([name for name in {slow} if name in sys.modules])"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert ran.stdout.strip() == "[]", ran.stdout + ran.stderr
+
 def test_public_names_are_unique_and_found():
     import mmseqrec
     everything = [(name, module_name(path)) for path in MODULES for name in public_names(path)]

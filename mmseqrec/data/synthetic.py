@@ -15,7 +15,6 @@ __all__ = ['COLOURS', 'PATTERNS', 'SIZES', 'MOTIFS', 'KINDS', 'MATERIALS', 'OCCA
 # %% ../../nbs/10_data.synthetic.ipynb #imports
 import re
 import textwrap
-
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ..artifacts import artifact_path, read_json
 from ..core import derive_seed
-from ..figures import COLORS, plot_images, plot_lines, set_style
+from ..figures import COLORS, plot_images, plot_lines
 
 # %% ../../nbs/10_data.synthetic.ipynb #attribute-values
 COLOURS = {"red": (208, 43, 46), "orange": (240, 132, 32), "yellow": (247, 209, 60), "green": (64, 150, 68),

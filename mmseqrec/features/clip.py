@@ -30,15 +30,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
-from transformers.utils import logging as transformers_logging
 
-from ..artifacts import artifact_path, atomic_path, fingerprint, provenance, read_json, write_json
-from ..core import check_shape, derive_seed
+from ..artifacts import artifact_path, atomic_path, fingerprint, provenance, write_json
+from ..core import derive_seed
 from ..data.synthetic import WORDS, make_caption_corpus
 from ..figures import COLORS, plot_lines
 
@@ -124,7 +123,7 @@ def train_tokenizer(
         write_json(f"{folder}/tokenizer_config.json", {
             "tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens, "bos_token": "<|startoftext|>",
             **{f"{name}_token": "<|endoftext|>" for name in ("eos", "unk", "pad")}})
-        bytes_only = AutoTokenizer.from_pretrained(folder)
+        bytes_only = transformers.AutoTokenizer.from_pretrained(folder)
         return bytes_only.train_new_from_iterator([*captions, _SPELLING], vocab_size, initial_alphabet=alphabet,
                                                   show_progress=False)
 
@@ -135,30 +134,33 @@ _SPELLING = " ".join(map(chr, [*range(33, 127), *range(0x4E00, 0x4E40)]))
 @contextlib.contextmanager
 def quiet_transformers():
     "Silence the notes, bars and warnings of transformers inside a `with` block."
-    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    logging = transformers.utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers_logging.set_verbosity(level)
-        if bar: transformers_logging.enable_progress_bar()
+        logging.set_verbosity(level)
+        if bar: logging.enable_progress_bar()
 
 # %% ../../nbs/20_features.clip.ipynb #make-clip
 def make_clip(
     tokenizer,  # tokenizer that the text tower will read with
     seed: int = 0,  # initial weights are a function of it and of their names
     **sizes,  # other sizes of the picture tower, such as `num_hidden_layers=4`
-) -> CLIPModel:  # untrained, about half a million weights
+) -> torch.nn.Module:  # `CLIPModel`, untrained, about half a million weights
     "Make a small CLIP with initial weights that do not depend on the version of transformers."
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=64,
                   patch_size=16, hidden_act="relu") | sizes
     text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, hidden_act="relu",
                 vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length, **special)
-    with quiet_transformers(): model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=96))
+    with quiet_transformers():
+        config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=96)
+        model = transformers.CLIPModel(config)
     _initialise(model, seed)
     return model
 
@@ -251,7 +253,7 @@ def _step_loss(model, tokenizer, pixels, captions, words):
 @dataclass
 class ClipRun:
     "A trained CLIP and how its losses fell."
-    model: CLIPModel
+    model: torch.nn.Module  # `CLIPModel`
     tokenizer: object  # CLIP tokenizer of transformers
     curve: list[tuple[float, float]]  # per step: loss of captions, loss of words
     seconds: float  # processor time
@@ -310,8 +312,8 @@ def load_clip(
 ):  # `(CLIPModel, tokenizer)`, the model in 32 bits and in evaluation mode
     "Load a CLIP from a folder; weights are read from safetensors only."
     with quiet_transformers():
-        model = CLIPModel.from_pretrained(folder, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return model.float().eval().requires_grad_(False), tokenizer
 
 def load_shipped_clip():  # `(CLIPModel, tokenizer)`

@@ -28,16 +28,16 @@ import huggingface_hub
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer
 
 from ..artifacts import artifact_path, atomic_path, file_sha256, fingerprint, read_json, write_json
-from ..core import check_shape, get_device
+from ..core import get_device
 from .clip import image_features, open_picture, preprocess_images, quiet_transformers, text_features
-from ..figures import COLORS, set_style
+from ..figures import COLORS
 
 # %% ../../nbs/21_features.encoders.ipynb #mean-pooling
 def mean_pooling(
@@ -238,8 +238,9 @@ def _load_model(name):
                                 "checkpoint, or 'shipped' for the CLIP that comes with mmseqrec")
     try:
         with quiet_transformers():
-            model, info = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False,
-                                                    local_files_only=cached, output_loading_info=True)
+            model, info = transformers.AutoModel.from_pretrained(
+                folder, use_safetensors=True, trust_remote_code=False, local_files_only=cached,
+                output_loading_info=True)
     except (OSError, ValueError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FileNotFoundError(f"{name}: no checkpoint with safetensors weights could be loaded ({first}); check the "
@@ -267,7 +268,8 @@ def load_text_encoder(
     if normalize is None:
         normalize = any("Normalize" in part.get("type", "") for part in _side_file(folder, "modules.json") or [])
     with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=cached)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False,
+                                                               local_files_only=cached)
     config = getattr(model.config, "text_config", model.config)
     limits = [max_tokens, _side_file(folder, "sentence_bert_config.json").get("max_seq_length"),
               tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]

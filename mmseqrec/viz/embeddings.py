@@ -13,7 +13,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image
 
@@ -57,7 +56,7 @@ def plot_map(
     names = np.array(["items"] * len(points) if groups is None else [str(g) for g in groups])
     values, counts = np.unique(names, return_counts=True)
     shown = values[np.argsort(-counts, kind="stable")][:n_colors]
-    palette = [COLORS["text"]] if groups is None else sns.color_palette("tab10", len(shown))
+    palette = [COLORS["text"]] if groups is None else [plt.get_cmap("tab10")(n % 10) for n in range(len(shown))]
     other = ~np.isin(names, shown)
     if other.any(): ax.scatter(*points[other].T, s=12, color=COLORS["neutral"], label="other", linewidths=0)
     for name, color in zip(shown, palette):
