@@ -79,20 +79,27 @@ def add_run_training(
 ) -> None:
     "Add the options of `run` that say what to train and how."
     what = parser.add_argument_group("systems and training")
-    what.add_argument("--systems", metavar="NAME", nargs="+", help="names, or all; popularity and markov always run "
-                      "(default: popularity markov sasrec content_sasrec)")
+    what.add_argument("--systems", metavar="NAME", nargs="+", help="names, or all; also ablations, such as "
+                      "mp4sr_no_mixup; popularity and markov always run (default: popularity markov sasrec "
+                      "content_sasrec mp4sr_scratch mp4sr, as far as the data permit)")
     what.add_argument("--seeds", metavar="N", type=at_least(int, 1), help="train each system N times (default: 1)")
     what.add_argument("--epochs", metavar="N", type=at_least(int, 1), help="epochs at most (default: 40)")
+    what.add_argument("--pretrain-epochs", metavar="N", type=at_least(int, 1),
+                      help="epochs of pre-training at most, for systems that have one (default: 10)")
     what.add_argument("--patience", metavar="N", type=at_least(int, 0),
                       help="epochs without improvement before stopping (default: 4)")
     what.add_argument("--metric", metavar="NAME", help="chooses the best epoch (default: ndcg@10)")
     what.add_argument("--batch-size", metavar="N", type=at_least(int, 1), help="targets in a step (default: 256)")
+    what.add_argument("--pretrain-batch-size", metavar="N", type=at_least(int, 1),
+                      help="histories in a step of pre-training, at most one a user (default: 1024)")
     what.add_argument("--lr", metavar="X", type=at_least(float, 1e-12), help="learning rate (default: 0.001)")
     what.add_argument("--hidden-size", metavar="N", type=at_least(int, 1), help="numbers in a vector (default: 64)")
     what.add_argument("--max-len", metavar="N", type=at_least(int, 1), help="longest history (default: 50)")
     what.add_argument("--text-encoder", metavar="NAME", help="checkpoint name or folder; shipped is the package's own "
                       "CLIP (default: auto)")
     what.add_argument("--image-encoder", metavar="NAME", help="as --text-encoder, for pictures (default: auto)")
+    what.add_argument("--n-keywords", metavar="N", type=at_least(int, 1),
+                      help="words that describe a picture (default: 15)")
     what.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"), help="number format (default: auto)")
     what.add_argument("--exclude-seen", action="store_true", help="rank without the items of the history")
     what.add_argument("--umap", action="store_true", help="draw the report's map with UMAP instead of PCA")
@@ -163,7 +170,8 @@ def resolve_config(
     values |= {k: v for k, v in given.items() if k not in ("command", "version", "config", "out", "quiet", "debug")}
     if "seeds" in given: values["seeds"] = range(args.seeds)
     if (asked := values.get("systems")) is not None:
-        names = [name for text in ([asked] if isinstance(asked, str) else asked) for name in str(text).split(",") if name]
+        texts = [asked] if isinstance(asked, str) else asked
+        names = [name for text in texts for name in str(text).split(",") if name]
         if "all" in names: names = list(ALL)
         values["systems"] = dict.fromkeys(["popularity", "markov", *names])
     check_device(values.get("device", "auto"))
@@ -242,6 +250,8 @@ def run_command(
     write_json(folder / "titles.json", titles)
     path = write_report(run, folder / "report.html", command)
     note = one_seed_note(run)
+    for each in run.data.notes if config.systems is None else ():
+        if "left out" in each: print(each)
     print(f"\n{run_table(run)}\n\nIn brackets: 95% intervals over users.{' ' + note if note else ''}")
     print(f"The report is {path}. Everything took {format_seconds(time.perf_counter() - start)}.")
     return path

@@ -140,7 +140,7 @@ SYSTEMS = {system.name: system for system in (
     _mp4sr("mp4sr_unmasked_pooling", "MP4SR, padding pooled", COLORS["accent"], masked_pooling=False),
     _mp4sr("mp4sr_legacy_losses", "MP4SR, released denominators", COLORS["ink"], legacy=True),
 )}
-STANDARD = ("popularity", "markov", "sasrec", "content_sasrec", "mp4sr_scratch", "mp4sr")  # compared unless told otherwise
+STANDARD = ("popularity", "markov", "sasrec", "content_sasrec", "mp4sr_scratch", "mp4sr")  # unless told otherwise
 ALL = tuple(name for name, system in SYSTEMS.items() if system.variant_of is None)  # everything but ablations
 
 # %% ../nbs/60_experiments.ipynb #run-data
@@ -206,8 +206,8 @@ def prepare_data(
     lap("features")
     store, left_out = SequenceStore.from_split(split), []
     systems = _permitted_systems(config, catalogue, encoders, left_out)
-    read = any(SYSTEMS[name].reads_keywords for name in systems)
-    keywords = _read_keywords(config, store, checked.table, catalogue, encoders, folder, progress) if read else ()
+    systems, keywords = _read_keywords(config, systems, store, checked.table, catalogue, encoders, left_out,
+                                       cache_dir=Path(folder) / "features", progress=progress)
     lap("keywords")
     notes = [encoders.note, *left_out, *_data_notes(config, n_events, interactions, checked), *catalogue.report]
     return RunData(source, interactions, split, store, checked.table, catalogue, interaction_statistics(interactions),
@@ -228,12 +228,16 @@ def _permitted_systems(config, catalogue, encoders, left_out):
         else: names.append(name)
     return tuple(names)
 
-def _read_keywords(config, store, table, catalogue, encoders, folder, progress):
-    "Describe every picture by keywords; return the catalogue of keyword vectors, and the words."
+def _read_keywords(config, systems, store, table, catalogue, encoders, left_out, **options):
+    "Describe every picture by keywords; return the systems, and the catalogue of keyword vectors with the words."
+    if not any(SYSTEMS[name].reads_keywords for name in systems): return systems, ()
     training_items = np.unique(store.items[store.stage == TRAIN])
-    return keyword_catalogue(catalogue, table.texts, load_word_encoder(encoders.image), encoders.text, training_items,
-                             n_keywords=config.n_keywords, cache_dir=Path(folder) / "features", progress=progress)
-
+    try: return systems, keyword_catalogue(catalogue, table.texts, load_word_encoder(encoders.image), encoders.text,
+                                           training_items, n_keywords=config.n_keywords, **options)
+    except ValueError as error:
+        if config.systems is not None: raise
+        left_out.append(f"Systems that describe pictures in words were left out: {error}.")
+        return tuple(name for name in systems if not SYSTEMS[name].reads_keywords), ()
 
 def _data_notes(config, n_events, interactions, checked):
     "Say in sentences what was left out."
@@ -298,7 +302,7 @@ def load_result(
     evaluation = Evaluation(**load_file(Path(folder) / "ranks.safetensors"), n_items=stored["n_items"])
     return Result(**{name: stored[name] for name in _PLAIN}, evaluation=evaluation,
                   history=History(**stored["history"]), folder=Path(folder),
-                  pretraining=stored["pretraining"] and History(**stored["pretraining"]))
+                  pretraining=History(**stored["pretraining"]) if stored.get("pretraining") else None)
 
 # %% ../nbs/60_experiments.ipynb #run-system
 def run_system(

@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from transformers import CLIPConfig, CLIPModel  # also what an optimiser imports when it is first made
 
 import mmseqrec.artifacts
 import mmseqrec.training
@@ -93,7 +94,6 @@ SENTENCES = [f"a {size} {color} {thing}" for size in ("small", "big", "huge") fo
 
 def make_clip(folder):
     "A tiny CLIP with random weights."
-    from transformers import CLIPConfig, CLIPModel
     tokenizer, tower = train_tokenizer(SENTENCES, vocab_size=300), dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                                                         num_attention_heads=2)
     torch.manual_seed(0)

@@ -13,6 +13,12 @@ TEXT_SIZE, IMAGE_SIZE, V = 6, 5, 12
 NO_IMAGE, NO_TEXT, NOTHING = 3, 4, 5  # rows of `make_catalogue` that lack something
 SIZES = dict(hidden_size=16, n_layers=2, n_heads=2, inner_size=32, max_len=10)
 
+def in_streams(kind, **options):
+    "Build MP4SR or MSM4SR; `dropout` also sets that of its experts."
+    both = {"adapter_dropout": options["dropout"]} if "dropout" in options else {}
+    return kind(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, **SIZES | both | options)
+
+
 # A later system is added here, and every test of the contract asks it too.
 SYSTEMS = {
     "popularity": lambda **options: Popularity(),
@@ -21,9 +27,9 @@ SYSTEMS = {
     "content_text": lambda **options: ContentSASRec(text_size=TEXT_SIZE, **SIZES | options),
     "content_image": lambda **options: ContentSASRec(image_size=IMAGE_SIZE, **SIZES | options),
     "content_both": lambda **options: ContentSASRec(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, **SIZES | options),
-    "mp4sr": lambda **options: MP4SR(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, transductive=True, **SIZES | options),
-    "content_mp4sr": lambda **options: MP4SR(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, **SIZES | options),
-    "content_msm4sr": lambda **options: MSM4SR(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, **SIZES | options),
+    "mp4sr": lambda **options: in_streams(MP4SR, transductive=True, **options),
+    "content_mp4sr": lambda **options: in_streams(MP4SR, **options),
+    "content_msm4sr": lambda **options: in_streams(MSM4SR, **options),
 }
 COUNTING = ("popularity", "markov")  # have no weights
 LEARNING = tuple(name for name in SYSTEMS if name not in COUNTING)

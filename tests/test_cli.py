@@ -1,6 +1,7 @@
 "The command line: answers at once, one sentence for a mistake, runs that continue, commands that agree with the library."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from mmseqrec import cli
 from mmseqrec.artifacts import read_json
 from mmseqrec.cli import (default_folder, error_sentence, load_recommender, main, make_parser, read_histories,
                           resolve_config, run_of, text_table)
-from mmseqrec.experiments import SYSTEMS, RunConfig
+from mmseqrec.experiments import ALL, STANDARD, SYSTEMS, RunConfig
 from mmseqrec.features.clip import IMAGE_SETTINGS, quiet_transformers
 
 ROOT = Path(__file__).parent.parent
@@ -112,24 +113,31 @@ def test_every_command_explains_itself(capsys):
     assert shell(capsys, "--version")[1].strip() == mmseqrec.__version__
 
 def test_defaults_in_the_help_are_those_of_the_configuration():
-    "Each `(default: X)` of `run` agrees with the field of the same name."
+    "Each `(default: X)` of `run` agrees with the field of the same name; what `systems=None` means is a list in words."
     run = make_parser()._subparsers._group_actions[0].choices["run"]
-    config, checked = RunConfig().to_dict(), set()
+    config, checked = RunConfig().to_dict() | {"systems": f"{' '.join(STANDARD)}, as far as the data permit"}, set()
+    assert RunConfig().systems is None
     for action in run._actions:
         stated = (action.help or "").partition("(default: ")[2].rstrip(")")
         value = config.get(action.dest)
         if not stated or value is None: continue
-        expected = {"systems": " ".join(config["systems"]), "seeds": str(len(config["seeds"]))}.get(action.dest, str(value))
+        expected = str(len(value)) if action.dest == "seeds" else str(value)
         assert stated == expected, action.dest
         checked.add(action.dest)
-    assert len(checked) >= 20
+    assert len(checked) >= 24 and {"systems", "pretrain_epochs", "pretrain_batch_size", "n_keywords"} <= checked
+
+def test_the_help_names_systems_and_ablations(capsys):
+    text = " ".join(shell(capsys, "run", "--help")[1].split())
+    for name in ALL: assert name in text
+    assert "mp4sr_no_mixup" in text and SYSTEMS["mp4sr_no_mixup"].variant_of == "mp4sr"
 
 def test_every_setting_has_an_option_and_the_other_way_round():
     options = {a.dest for a in make_parser()._subparsers._group_actions[0].choices["run"]._actions}
     assert options - {"help", "config", "out", "quiet", "debug"} == set(RunConfig().to_dict())
 
 @pytest.mark.parametrize("line, says", [
-    ("run --epochs 0", "at least 1"), ("run --epochs many", "whole number"), ("run --lr nan", "number"),
+    ("run --epochs 0", "at least 1"), ("run --pretrain-epochs 0", "at least 1"), ("run --n-keywords 0", "at least 1"),
+    ("run --pretrain-batch-size x", "whole number"), ("run --systems mp4sr_no_sense", "mp4sr_no_mixup"), ("run --epochs many", "whole number"), ("run --lr nan", "number"),
     ("run --systems oracle", "oracle"), ("run --device toaster", "toaster"), ("run --domain garden", "garden"),
     ("run --config nowhere.json", "nowhere.json"), ("run --metric fun", "fun"), ("run --unknown 3", "unknown"),
     ("run --interactions nowhere.csv --items nowhere.csv", "nowhere.csv"), ("run --interactions nowhere.csv", "--items"),
@@ -178,6 +186,10 @@ def resolve(*words): return resolve_config(make_parser().parse_args(["run", *map
 
 def test_without_options_the_defaults_hold(): assert resolve() == RunConfig()
 
+def test_options_of_pretraining_and_keywords():
+    config = resolve("--pretrain-epochs", 3, "--pretrain-batch-size", 7, "--n-keywords", 5)
+    assert config == RunConfig(pretrain_epochs=3, pretrain_batch_size=7, n_keywords=5)
+
 def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps(RunConfig(epochs=7, lr=.5, seeds=(3, 4), systems=("markov", "sasrec")).to_dict()))
@@ -185,9 +197,12 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert (config.epochs, config.lr, config.seeds) == (2, .5, (3, 4))
     assert config.systems == ("popularity", "markov", "sasrec")
     assert resolve("--config", path, "--seeds", 2).seeds == (0, 1)
+    path.write_text(json.dumps(RunConfig().to_dict()))
+    assert resolve("--config", path) == RunConfig(), "standard systems stay standard on the way through a file"
 
 def test_systems_may_be_named_in_several_ways():
-    assert resolve("--systems", "all").systems == tuple(SYSTEMS)
+    assert resolve("--systems", "all").systems == ALL and set(ALL) < set(SYSTEMS)
+    assert resolve("--systems", "mp4sr_no_mixup").systems == ("popularity", "markov", "mp4sr_no_mixup")
     assert resolve("--systems", "sasrec,content_sasrec") == resolve("--systems", "sasrec", "content_sasrec")
     assert resolve("--systems", "sasrec", "markov").systems == ("popularity", "markov", "sasrec")
 
@@ -240,6 +255,17 @@ def test_an_interrupted_run_continues(tmp_path, encoders, tables, done, capsys):
     for path in (done[0] / "models").glob("*/ranks.safetensors"):
         again = load_file(tmp_path / "r/models" / path.parent.name / "ranks.safetensors")
         for name, x in load_file(path).items(): torch.testing.assert_close(again[name], x, rtol=0, atol=0)
+
+def test_standard_systems_that_the_encoders_do_not_permit_are_named(done, tmp_path, encoders, tables, capsys):
+    "The picture encoder of these tests knows no words: a run without `--systems` says so, one that asks for MP4SR ends."
+    shutil.copytree(done[0], tmp_path / "r")
+    words = ["run", *tables, *encoders, "--epochs", "2", "--device", "cpu", "--quiet", "--out", tmp_path / "r"]
+    code, out, err = shell(capsys, *words)
+    assert code == 0 and out.count("it was left out.") == 2 and "SASRec over content" in out and err == ""
+    assert out.count("MP4SR") == 2 and "MP4SR, not pre-trained describes" in (tmp_path / "r/report.html").read_text()
+    assert read_json(tmp_path / "r/run.json")["systems"] is None
+    code, out, err = shell(capsys, *words, "--systems", "mp4sr")
+    assert code == 2 and is_one_sentence(err) and "such as a CLIP" in err and "leave mp4sr out" in err
 
 def test_only_the_first_process_speaks(done, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")

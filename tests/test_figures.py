@@ -21,6 +21,7 @@ PLOTS = {
 
 @pytest.fixture(autouse=True)
 def style():
+    plt.close("all")  # what other tests have left open
     with plt.rc_context():
         set_style()
         yield

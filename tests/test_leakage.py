@@ -7,13 +7,16 @@ import pytest
 import torch
 
 import mmseqrec.training as training
+from killed_runs import make_clip
 from mmseqrec.data.interactions import (TEST, TRAIN, VALID, global_time_split, hold_out_items, k_core, leave_one_out,
                                         read_interactions)
 from mmseqrec.data.sequences import SequenceStore, position_batches, prefix_batches
 from mmseqrec.evaluation import evaluate
+from mmseqrec.experiments import prepare_data
 from mmseqrec.features.encoders import catalogue_from_arrays
 from mmseqrec.models.baselines import transition_counts
 from mmseqrec.training import fit
+from small_shop import describe, quick_config, write_shop
 from small_world import (BY_CONTENT, COUNTING, IMAGE_SIZE, LEARNING, SYSTEMS, TEXT_SIZE, V, build, make_catalogue, make_store,
                          same, weights, without_seconds)
 
@@ -199,3 +202,50 @@ def test_random_cold_items_are_in_no_batch():
     assert not counts[torch.from_numpy(split.cold_items.astype(int))].any()
     for stage in (VALID, TEST):
         for batch in prefix_batches(store, stage, 64, 10): assert not np.isin(batch.item_seq, split.cold_items).any()
+
+
+# Words
+
+HELD_OUT = tuple(f"new{n}" for n in range(8))  # everybody's last item is one of these
+WILD = "zyzzyva"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    make_clip(folder)
+    return folder
+
+
+def prepared(folder, clip, of_held_out=describe, of_all=describe, seed=0):
+    "A shop from files to keywords; held-out items are rows 30 to 37 of its table."
+    files = write_shop(folder / "shop", HELD_OUT, lambda row: (of_held_out if row >= 30 else of_all)(row), seed)
+    return prepare_data(quick_config(files, clip), folder / "run", progress=False)
+
+
+def test_a_word_of_held_out_items_is_no_keyword(clip, tmp_path):
+    "Eight held-out items share a word, more than a word needs; it is found nowhere, neither among words nor among keywords."
+    data = prepared(tmp_path, clip, of_held_out=lambda row: f"A {WILD} {row}. A red mug.")
+    rows = [data.interactions.item_tokens.index(name) for name in HELD_OUT]
+    assert not np.isin(data.store.items[data.store.stage == TRAIN], rows).any()
+    assert all(WILD in " ".join(data.items.texts[row]) for row in rows)
+    assert WILD not in data.keywords.words and data.keywords.words
+    assert all(data.keywords.of(row) and WILD not in data.keywords.of(row) for row in range(1, len(data.items.item_tokens)))
+
+
+def test_the_word_is_found_where_training_items_have_it(clip, tmp_path):
+    "The test above can fail: in eight training items, the same word is one of the vocabulary."
+    data = prepared(tmp_path, clip, of_all=lambda row: describe(row) + f" A {WILD}." * (row < 8))
+    assert WILD in data.keywords.words
+
+
+def test_held_out_items_change_no_keyword_of_the_others(clip, tmp_path):
+    "Vocabulary and keywords of training items stay when held-out items have other texts and pictures."
+    plain = prepared(tmp_path / "a", clip)
+    other = prepared(tmp_path / "b", clip, of_held_out=lambda row: f"A {WILD} chair {row}.", seed=9)
+    assert plain.keywords.words == other.keywords.words and plain.interactions.item_tokens == other.interactions.item_tokens
+    rows = np.unique(plain.store.items[plain.store.stage == TRAIN])
+    assert len(rows) == 30
+    assert torch.equal(plain.keywords.top[rows], other.keywords.top[rows])
+    torch.testing.assert_close(plain.keyword_catalogue.image_emb[rows], other.keyword_catalogue.image_emb[rows])
+    assert not torch.equal(plain.catalogue.image_emb, other.catalogue.image_emb)

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from PIL import Image
 
 from mmseqrec.data.interactions import interaction_statistics, leave_one_out, make_interactions
@@ -17,18 +18,23 @@ from mmseqrec.data.sequences import TEST, SequenceStore
 from mmseqrec.evaluation import Evaluation, compare
 from mmseqrec.experiments import Result, Run, RunConfig, RunData
 from mmseqrec.features.encoders import catalogue_from_arrays
-from mmseqrec.report import (SystemSummary, best_baseline, choose_examples, data_sections, data_uri, escape, example_html,
-                             figure_html, format_number, format_seconds, headline, item_keywords, map_vectors, one_seed_note,
-                             paired_difference, plot_loss, plot_validation, report_html, result_sections, system_summaries,
-                             systems_html, thumbnail, write_report)
+from mmseqrec.features.keywords import STOP_WORDS, Keywords
+from mmseqrec.report import (SystemSummary, best_baseline, choose_examples, choose_pictured, data_sections, data_uri, escape,
+                             example_html, facts_html, figure_html, format_number, format_seconds, headline, keyword_card,
+                             keywords_html, keywords_sentence, map_vectors, map_words, one_seed_note, paired_difference,
+                             plot_loss, plot_pretraining_terms, plot_validation, pretraining_sentence, report_html,
+                             result_sections, system_summaries, systems_html, thumbnail, twins, twins_html, write_report)
 from mmseqrec.training import History
 
 EVIL = '<script>alert("x")</script> & <b>cheap</b>'
+WORDS = ["red", "blue", "thing", "<i>soft</i>", "round", "a thing", "mid-sized"]
+TERMS = ("loss", "nip_text", "nip_image", "cmcl_text", "cmcl_image")
 
 
 def make_run(folder, n_users=60, n_items=40, seeds=(0,), features="both", systems=("popularity", "markov", "sasrec"),
-             **config):
-    "A run whose ranks are drawn at random; a third of the items lack a picture, one has a dangerous title."
+             keywords=False, **config):
+    """A run whose ranks are drawn at random; a third of the items lack a picture, one has a dangerous title.
+    `mp4sr` was pre-trained for two epochs; keywords are drawn at random, too."""
     rng = np.random.default_rng(0)
     user = np.repeat(np.arange(n_users), rng.integers(4, 15, n_users))
     interactions = make_interactions(pl.Series([f"u<{u}>" for u in user]),
@@ -44,9 +50,12 @@ def make_run(folder, n_users=60, n_items=40, seeds=(0,), features="both", system
     texts = [[], [EVIL], *([f"A {('red', 'blue')[row % 2]} thing {tokens[row]}."] for row in range(2, V)), []]
     arrays = {"text_emb": rng.standard_normal((V, 6)), "image_emb": rng.standard_normal((V, 4))}
     kept = {name: x for name, x in arrays.items() if features == "both" or name.startswith(features)}
+    top = np.array([rng.permutation(len(WORDS))[None, :5] if files else np.full((1, 5), -1) for files in images])
+    made = {"n_keywords": 5, "standardize": True, "word_encoder": {"name": f"clip {EVIL}"}}
     data = RunData(f"made up {EVIL}", interactions, split, store, ItemTable(tokens, texts, images),
                    catalogue_from_arrays(tokens[1:], **kept), interaction_statistics(interactions),
-                   [f"A note {EVIL}"], {"raw": 1.})
+                   keywords=Keywords(WORDS, torch.from_numpy(top), tokens, made) if keywords else None,
+                   notes=[f"A note {EVIL}"], seconds={"raw": 1.})
     events, results = store.rows(TEST), []
     for place, system in enumerate(systems):
         learned = system not in ("popularity", "markov")
@@ -58,7 +67,10 @@ def make_run(folder, n_users=60, n_items=40, seeds=(0,), features="both", system
             history = History(epochs=epochs, best_value=epochs[-1]["ndcg@10"], best_epoch=len(epochs) - 1, finished=True)
             evaluation = Evaluation(ranks, store.items[events].astype(np.int64), store.user[events],
                                     store.history_length(events), top, V)
-            results.append(Result(system, seed, evaluation, history, {}, 1.5, .1, 1234 * learned, folder))
+            before = History([{"epoch": e, **{name: 5. - e + n for n, name in enumerate(TERMS)}, "ndcg@10": .2 - .05 * e,
+                               "seconds": .25} for e in range(2)], best_epoch=0, best_value=.2, finished=True)
+            results.append(Result(system, seed, evaluation, history, {}, 1.5, .1, 1234 * learned, folder,
+                                  before if system == "mp4sr" else None))
     config = RunConfig(systems=systems, seeds=seeds, device="cpu", **config)
     return Run(config, data, results, folder, {"raw": 1., "training": 75.}, {"time": "2030-01-01T00:00:00Z", "python": "3"})
 
@@ -68,6 +80,16 @@ def run(tmp_path_factory): return make_run(tmp_path_factory.mktemp("run"))
 
 @pytest.fixture(scope="module")
 def page(run): return report_html(run, f"mmseqrec run --items '{EVIL}'", n_examples=2)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    "A run with everything: keywords, and MP4SR with and without pre-training."
+    return make_run(tmp_path_factory.mktemp("full"), systems=("popularity", "markov", "mp4sr_scratch", "mp4sr"), keywords=True,
+                    pretrain_epochs=9, pretrain_batch_size=2048)
+
+@pytest.fixture(scope="module")
+def full_page(full): return report_html(full, n_examples=1)
 
 
 class Checker(html.parser.HTMLParser):
@@ -89,12 +111,14 @@ class Checker(html.parser.HTMLParser):
 
     def handle_data(self, data): self.text.append(data)
 
-@pytest.fixture(scope="module")
-def checked(page):
+def check(page):
     checker = Checker()
     checker.feed(page)
     assert checker.open == []
     return checker
+
+@pytest.fixture(scope="module")
+def checked(page): return check(page)
 
 
 # Self-contained and safe
@@ -224,6 +248,104 @@ def test_an_item_without_picture_shows_its_title(run, tmp_path):
     assert "<img" not in text and "<span>A " in text
 
 
+# Pre-training
+
+def headings(page): return re.findall("<h2>(.*?)</h2>", page)
+
+def test_sections_of_a_run_with_everything(page, full_page):
+    new = {"Pre-training", "Pictures and their keywords"}
+    assert not new & set(headings(page)) and "Pre-training" not in page and "Keywords" not in page
+    assert new < set(headings(full_page)) and len(headings(full_page)) == 11
+    checked = check(full_page)
+    assert [address[1:] for address in checked.addresses if address.startswith("#")] == checked.ids
+    assert "<script" not in full_page and "<i>soft" not in full_page and "<b>cheap" not in full_page
+    assert headings(full_page).index("Pre-training") < headings(full_page).index("Training")
+
+def test_facts_name_pretraining_and_keywords(run, full):
+    facts = facts_html(full)
+    assert pretraining_sentence(full, system_summaries(full)).startswith("MP4SR: at most 9 epochs of 2,048 histories a step")
+    assert "5 words a picture, out of 7 " in keywords_sentence(full) and EVIL in keywords_sentence(full)
+    for text in (pretraining_sentence(full, system_summaries(full)), keywords_sentence(full)): assert escape(text) in facts
+    shipped = dataclasses.replace(full.data.keywords, settings={"word_encoder": {"name": "shipped"}})
+    shipped = dataclasses.replace(full, data=dataclasses.replace(full.data, keywords=shipped))
+    assert "the small CLIP shipped with mmseqrec" in keywords_sentence(shipped) and "level" not in keywords_sentence(shipped)
+    assert keywords_sentence(run) == pretraining_sentence(run, system_summaries(run)) == ""
+    assert "<dt>Keywords" not in facts_html(run) and "<dt>Pre-training" not in facts_html(run)
+
+def test_the_table_says_who_was_pretrained(full):
+    rows = re.findall("<tr>.*?</tr>", systems_html(full, system_summaries(full)))[1:]
+    said = ["pre-trained, then fine-tuned" in row for row in rows]
+    assert said == [False, False, False, True] and ["pre-training 0.5 s" in row for row in rows] == said
+    assert ">1.5 s<" in rows[3] and "MP4SR, not pre-trained" in rows[2]
+
+def test_twins_are_compared_user_by_user(run, full):
+    systems = system_summaries(full)
+    assert [(a.key, b.key) for a, b in twins(systems)] == [("mp4sr", "mp4sr_scratch")]
+    rows = re.findall("<tr>.*?</tr>", twins_html(full, systems))[1:]
+    assert len(rows) == 3 and "MP4SR<" in rows[0] and "MP4SR, not pre-trained<" in rows[1]
+    for cell, metric in zip(re.findall("<td>(.*?)</td>", rows[2]), ("ndcg@10", "recall@10")):
+        d = paired_difference(systems[3], systems[2], metric)
+        assert [format_number(d[k], "+") for k in ("difference", "low", "high")] == re.findall("[+\u2212]\\d\\.\\d{3}", cell)
+    assert twins_html(full, systems[:2] + systems[3:]) == twins_html(run, system_summaries(run)) == ""
+    assert "Equal in all" in result_sections(full, systems)["Pre-training"]
+    assert "Equal in all" not in result_sections(full, systems[:2] + systems[3:])["Pre-training"]
+    plt.close("all")
+
+def test_curves_of_pretraining(full, tmp_path):
+    systems = system_summaries(full)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in plot_pretraining_terms(systems[3]).lines}
+    assert lines == {name: [[1, 5 + n], [2, 4 + n]] for n, name in
+                     enumerate(("sum", "NIP text", "NIP image", "CMCL text", "CMCL image"))}
+    line, dot = plot_validation(systems[2:], phase="pre-training").lines
+    np.testing.assert_allclose(line.get_xydata(), [[1, .2], [2, .15]])
+    assert dot.get_xydata().tolist() == [[1, .2]] and line.get_color() == systems[3].color
+    assert len(plot_validation(systems).lines) == 2 + 2 * 2  # the curves of fine-tuning are those of before
+    several = system_summaries(make_run(tmp_path, seeds=(0, 1), systems=("markov", "mp4sr")))
+    assert len(plot_validation(several[1:], phase="pre-training").lines) == 4
+    plt.close("all")
+
+def test_a_pretraining_without_an_epoch_is_none(full):
+    result = dataclasses.replace(full.results[-1], pretraining=History())
+    run = dataclasses.replace(full, results=[*full.results[:-1], result])
+    assert not system_summaries(run)[-1].is_pretrained and "Pre-training" not in result_sections(run, system_summaries(run))
+    plt.close("all")
+
+
+# Pictures and their keywords
+
+def test_a_card_shows_the_words_in_order_and_marks_those_of_the_own_text(full):
+    row = next(row for row in range(2, 40) if row % 3)
+    own = set(" ".join(full.data.items.texts[row]).lower().replace(".", "").split())
+    words = full.data.keywords.of(row)
+    cells = re.findall("<li>(.*?)</li>", keyword_card(full, row))
+    is_own = [set(word.split()) <= own for word in words]
+    assert cells == [f"<b>{word}</b>" if marked else escape(word) for word, marked in zip(words, is_own)]
+    every = [re.findall("<b>(.*?)</b>", keyword_card(full, r)) for r in range(2, 40) if r % 3]
+    assert {word for words in every for word in words} == {"red", "blue", "thing", "a thing"}
+    assert not any({"red", "blue"} <= set(words) for words in every)
+
+def test_pictured_items_are_spread_over_popularity(full):
+    counts, rows = full.data.split.item_counts(), choose_pictured(full, 5)
+    assert rows == choose_pictured(full, 5) and len(set(rows)) == 5 and all(row % 3 for row in rows)
+    known = sorted((row for row in range(1, len(counts)) if row % 3), key=lambda row: (-counts[row], row))
+    size = -(-len(known) // 5)
+    assert rows[0] == known[0] and rows == sorted(rows, key=lambda row: (-counts[row], row))
+    assert all(abs(known.index(row) - place * len(known) / 5) < size for place, row in enumerate(rows))
+    assert len(choose_pictured(full, 1000)) == len(known)
+    assert keywords_html(full, 5).count("<article") == 5 and escape(keywords_sentence(full)) in keywords_html(full, 5)
+
+def test_pictures_that_cannot_be_read_are_not_chosen(full, tmp_path):
+    best = choose_pictured(full, 1)[0]
+    (broken := tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
+    def having(images):
+        items = dataclasses.replace(full.data.items, images=images)
+        return dataclasses.replace(full, data=dataclasses.replace(full.data, items=items))
+    images = [[broken] if row == best else files for row, files in enumerate(full.data.items.images)]
+    assert choose_pictured(having(images), 1)[0] != best
+    nothing = having([[broken] * bool(files) for files in full.data.items.images])
+    assert choose_pictured(nothing) == [] and "<article" not in keywords_html(nothing)
+
+
 # Parts
 
 def test_map_vectors_are_normalised_and_zero_where_missing(run):
@@ -232,13 +354,16 @@ def test_map_vectors_are_normalised_and_zero_where_missing(run):
     part = catalogue_from_arrays(["a", "b", "c"], text_emb=np.array([[1., 2], [0, 0], [5, 1]]), image_emb=np.eye(3))
     assert (map_vectors(part)[1, :2] == 0).all()
 
-def test_keywords_name_groups_that_lie_together():
+def test_words_name_groups_that_lie_together():
     texts = [[f"A {kind} number {n}"] for kind in ("pan", "mug", "box") for n in range(20)]
     vectors = np.repeat(np.eye(3), 20, axis=0) - 1 / 3
-    assert item_keywords(texts, vectors, 3) == [kind for kind in ("pan", "mug", "box") for _ in range(20)]
-    assert set(item_keywords([[] for _ in range(5)], np.eye(5))) == {"other"}
+    assert map_words(texts, vectors, 3) == [kind for kind in ("pan", "mug", "box") for _ in range(20)]
+    assert set(map_words([[] for _ in range(5)], np.eye(5))) == {"other"}
+    plain = [[f"There {'without' if n < 9 else 'within'} it"] for n in range(18)]
+    assert {"there", "without", "within", "it"} <= STOP_WORDS
+    assert set(map_words(plain, np.repeat(np.eye(2), 9, axis=0) - .5)) == {"other"}, "words without meaning name no place"
     films = [[f"{chr(97 + n) * 4}", f"A {('comedy', 'drama', 'horror')[n % 3]}."] for n in range(24)]
-    assert set(item_keywords(films, np.eye(3)[np.arange(24) % 3])) == {"comedy", "drama", "horror"}
+    assert set(map_words(films, np.eye(3)[np.arange(24) % 3])) == {"comedy", "drama", "horror"}
 
 def test_a_picture_survives_as_text(tmp_path):
     Image.new("RGB", (300, 200), "red").save(tmp_path / "a.png")
@@ -262,8 +387,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium to look at the page with")
 @pytest.mark.parametrize("width", [1280, 500])  # headless Chromium has no narrower window
-def test_a_browser_draws_it(page, tmp_path, width):
+@pytest.mark.parametrize("which", ["page", "full_page"])
+def test_a_browser_draws_it(which, tmp_path, width, request):
     "The page is drawn, is not wider than the window, and its pictures are decoded."
+    page = request.getfixturevalue(which)
     probe = ("<script>addEventListener('load',()=>{const d=document.documentElement;const broken=[...document.images]"
              ".filter(i=>!i.naturalWidth).length;document.title=[d.scrollWidth-d.clientWidth,broken,document.images.length]})"
              "</script></body>")

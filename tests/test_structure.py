@@ -89,7 +89,7 @@ def test_imports_come_from_lower_numbers(page):
             assert module in numbers(), f"cell {cell['id']} imports mmseqrec.{module}, which no notebook makes"
             other = numbers()[module]
             assert other < number, f"cell {cell['id']} imports mmseqrec.{module} of page {other}"
-            if number[0] == other[0] == "5":
+            if number[0] == other[0] == "5" and (is_exported(cell) or other != "50"):  # examples show measuring sticks
                 assert (other, number) == ("52", "53"), f"cell {cell['id']}: systems do not import each other"
 
 def test_imported_sees_every_form():

@@ -218,7 +218,8 @@ def _check_keyword_inputs(catalogue, texts, word_encoder, text_encoder, prompt):
     if len(texts) != len(catalogue.item_tokens):
         raise ValueError(f"texts has {len(texts)} rows, but the catalogue has {len(catalogue.item_tokens)}; align the "
                          "item table with catalogue.item_tokens")
-    if "{}" not in prompt: raise ValueError(f"prompt {prompt!r} has no place {{}} for the word; such as 'a photo of {{}}'")
+    if "{}" not in prompt:
+        raise ValueError(f"prompt {prompt!r} has no place {{}} for the word; pass one such as 'a photo of {{}}'")
     image, text = (catalogue.encoders.get(kind, {}) for kind in ("image", "text"))
     size = catalogue.image_emb.shape[2]
     if (word_encoder.pooling != "clip" or word_encoder.size != size or image.get("pooling", "clip") != "clip"
@@ -237,8 +238,8 @@ def _encode_strings(strings, text_encoder, cache_dir, dtype, progress):
     longest, distinct = text_encoder.max_tokens, list(dict.fromkeys(strings))
     tokens = text_encoder.tokenizer(distinct, truncation=True, max_length=longest + 1)["input_ids"] if distinct else []
     cut = sum(len(row) > longest for row in tokens)
-    report = [f"{cut} of {len(distinct)} keyword strings are cut to the {longest} tokens that {text_encoder.name} reads"]
-    return torch.from_numpy(table.take()).to(dtype), report if cut else []
+    report = f"{cut} of {len(distinct)} keyword strings are cut to the {longest} tokens that {text_encoder.name} reads"
+    return torch.from_numpy(table.take()).to(dtype), [report] if cut else []
 
 # %% ../../nbs/22_features.keywords.ipynb #keyword-catalogue
 def keyword_catalogue(
@@ -327,7 +328,7 @@ def keyword_quality(
     truth,  # `Truth` of the marketplace; picture k of an item must be its k-th view
     n: int = 15,  # keywords that count for precision and recall
     frequent: Sequence[str] | None = None,  # words by frequency; `None`: the vocabulary's own order
-) -> dict[str, dict[str, float]]:  # for "keywords", "frequent words", "chance": R-precision, precision, recall, by attribute
+) -> dict[str, dict[str, float]]:  # "keywords", "frequent words", "chance": the averages, and recall by attribute
     "Measure how many visible attributes the keywords name; R is capped at the number of keywords kept."
     places, is_visible, names = _named_words(keywords, truth)
     top, n_words = keywords.top.numpy()[places[:, 0], places[:, 1]], len(keywords.words)

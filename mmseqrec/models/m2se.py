@@ -132,7 +132,8 @@ class M2SE(nn.Module):
     ) -> Tensor | tuple[Tensor, list[Tensor]]:  # `[B, L, 2, D]`, and one `[B, 2, H, L, L]` a block if asked for
         "Read each history twice, as texts and as pictures."
         B, L, S, D = check_shape(x, "B L S D", S=2).shape
-        h = self.encoder(x.transpose(1, 2).reshape(B * S, L, D), item_pad_mask.repeat_interleave(S, 0), return_attention)
+        streams = x.transpose(1, 2).reshape(B * S, L, D)
+        h = self.encoder(streams, item_pad_mask.repeat_interleave(S, 0), return_attention)
         h, weights = h if return_attention else (h, [])
         h = h.unflatten(0, (B, S)).transpose(1, 2)
         return (h, [w.unflatten(0, (B, S)) for w in weights]) if return_attention else h

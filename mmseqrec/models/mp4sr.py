@@ -54,7 +54,8 @@ def pretraining_terms(
         terms[f"nip_{name}"] = next_item_loss(spaces[:, space], targets[:, space], same, temperature,
                                               missing_target_mask[:, space], legacy)
     pairs = {"cmcl": spaces[:, :, 0]}
-    if spaces.shape[2] == 2: pairs = {"cmcl_text": spaces[:, 0], "cmcl_image": spaces[:, 1].flip(1)}  # text's stream first
+    if spaces.shape[2] == 2:  # in both spaces the text's stream first
+        pairs = {"cmcl_text": spaces[:, 0], "cmcl_image": spaces[:, 1].flip(1)}
     for name, pair in pairs.items():
         terms[name] = cross_modality_loss(pair[:, 0], pair[:, 1], same, temperature, legacy, legacy)
     return terms
@@ -164,6 +165,7 @@ class MP4SR(StreamRecommender):
         max_len: int = 50,  # longest history, in items
         temperature: float = 0.07,  # tau, of all losses
         *,
+        adapter_dropout: float = 0.2,  # share of an expert's numbers dropped in training
         transductive: bool = False,  # learn a vector for each item; for fine-tuning only
         projections: bool = True,  # project before the contrastive losses
         mixup: bool = True,  # let the streams change places
@@ -179,7 +181,8 @@ class MP4SR(StreamRecommender):
         self.max_len, self.temperature, self.mixup, self.legacy = max_len, temperature, mixup, legacy
         self.nip_weight, self.cmcl_weight, self.max_drop, self.max_swap = nip_weight, cmcl_weight, max_drop, max_swap
         self.m2se = M2SE(text_size, image_size, hidden_size, n_layers, n_heads, inner_size, dropout, attention_dropout,
-                         max_len, trained_pooling=trained_pooling, masked_pooling=masked_pooling)
+                         max_len, adapter_dropout=adapter_dropout, trained_pooling=trained_pooling,
+                         masked_pooling=masked_pooling)
         self.has_pretraining = not transductive
         self.item_emb = nn.Embedding(n_items + 1, hidden_size, padding_idx=0) if transductive else None
         self.heads = Projections(hidden_size) if projections and not transductive else None

@@ -1,0 +1,291 @@
+"Experiments: which systems the data permit, what a result keeps, what it depends on, and runs that are interrupted anywhere."
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import ViTConfig, ViTModel
+
+import mmseqrec.experiments as experiments
+import mmseqrec.training as training
+from killed_runs import make_clip
+from mmseqrec.core import derive_seed, set_seed
+from mmseqrec.data.sequences import TRAIN
+from mmseqrec.experiments import (ALL, STANDARD, SYSTEMS, RunConfig, RunData, difference, load_result, prepare_data,
+                                  result_fingerprint, result_table, run_all, run_system, save_result)
+from mmseqrec.features.clip import IMAGE_SETTINGS, quiet_transformers
+from mmseqrec.models.mp4sr import MP4SR
+from mmseqrec.training import fit
+from small_shop import COLOURS, THINGS, quick_config, write_shop
+from small_world import make_catalogue, make_store, same, weights, without_seconds
+
+READERS = tuple(name for name, system in SYSTEMS.items() if system.reads_keywords)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    make_clip(folder)
+    return folder
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    "A tiny picture encoder that knows no words."
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    with quiet_transformers():
+        ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=64,
+                           patch_size=32)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_SETTINGS))
+    return folder
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory): return write_shop(tmp_path_factory.mktemp("shop"))
+
+@pytest.fixture(scope="module")
+def config(shop, clip): return quick_config(shop, clip)
+
+@pytest.fixture(scope="module")
+def prepared(config, tmp_path_factory): return prepare_data(config, tmp_path_factory.mktemp("run"), progress=False)
+
+@pytest.fixture(scope="module")
+def data():
+    "Events and features without any file: what `run_system` looks at."
+    store, catalogue = make_store(40), make_catalogue()
+    return RunData("", None, None, store, None, catalogue, {}, keyword_catalogue=make_catalogue(seed=1))
+
+@pytest.fixture(scope="module")
+def quick(): return quick_config({}, "shipped")
+
+
+# Which systems run
+
+def test_with_texts_pictures_and_a_clip_all_standard_systems_run(prepared, config):
+    assert config.systems is None and prepared.systems == STANDARD and set(STANDARD) <= set(ALL)
+    assert not any("left out" in note for note in prepared.notes)
+    assert prepared.catalogue_of("sasrec") is prepared.catalogue_of("content_sasrec") is prepared.catalogue
+    for name in READERS: assert prepared.catalogue_of(name) is prepared.keyword_catalogue
+
+def test_keywords_are_words_of_the_texts(prepared):
+    keywords, V = prepared.keywords, prepared.interactions.n_items
+    assert set(keywords.words) == set(COLOURS + THINGS) and keywords.item_tokens == prepared.interactions.item_tokens
+    assert keywords.top.shape == (V + 1, 1, 4) and all(len(set(keywords.of(row))) == 4 for row in range(1, V + 1))
+    assert prepared.keyword_catalogue.image_emb.shape[-1] == prepared.catalogue.text_emb.shape[-1]
+    assert torch.equal(prepared.keyword_catalogue.text_emb, prepared.catalogue.text_emb)
+
+def not_permitted(files, clip, tmp_path, says, **settings):
+    "Standard systems are left out with a sentence; asked for, they are one clear error."
+    data = prepare_data(quick_config(files, clip, **settings), tmp_path / "a", progress=False)
+    assert data.systems == tuple(name for name in STANDARD if name not in READERS)
+    assert data.keywords is None and data.keyword_catalogue is None
+    sentences = [note for note in data.notes if "left out" in note]
+    assert len(sentences) == sum(name in READERS for name in STANDARD)
+    for name, sentence in zip(("mp4sr_scratch", "mp4sr"), sentences):
+        assert sentence.startswith(SYSTEMS[name].title) and says in sentence and sentence.endswith(".")
+    for asked in (("mp4sr",), ("popularity", "mp4sr_no_mixup")):
+        with pytest.raises(ValueError, match=says) as caught:
+            prepare_data(quick_config(files, clip, systems=asked, **settings), tmp_path / "a", progress=False)
+        assert f"leave {asked[-1]} out" in str(caught.value) and "\n" not in str(caught.value)
+    plain = quick_config(files, clip, systems=("popularity", "content_sasrec"), **settings)
+    alone = prepare_data(plain, tmp_path / "a", progress=False)
+    assert alone.systems == plain.systems and not any("left out" in note for note in alone.notes)
+
+def test_without_pictures(clip, tmp_path):
+    not_permitted(write_shop(tmp_path / "shop", pictures=False), clip, tmp_path, "needs pictures, and there are none")
+
+def test_without_texts(clip, tmp_path):
+    not_permitted(write_shop(tmp_path / "shop", describe=lambda row: ""), clip, tmp_path, "needs texts, and there are none",
+                  text_columns=("title",))
+
+def test_without_a_word_that_items_share(clip, tmp_path):
+    files = write_shop(tmp_path / "shop", describe=lambda row: f"A{chr(97 + row) * 3} b{chr(97 + row) * 3}.")
+    data = prepare_data(quick_config(files, clip), tmp_path / "a", progress=False)
+    assert data.systems == tuple(name for name in STANDARD if name not in READERS) and data.keywords is None
+    sentence, = [note for note in data.notes if "left out" in note]
+    assert "no keyword is left" in sentence
+    with pytest.raises(ValueError, match="no keyword is left"):
+        prepare_data(quick_config(files, clip, systems=("mp4sr",)), tmp_path / "a", progress=False)
+
+def test_with_a_picture_encoder_that_knows_no_words(shop, clip, vit, tmp_path):
+    not_permitted(shop, clip, tmp_path, "such as a CLIP", image_encoder=str(vit))
+
+def test_who_reads_no_keywords_makes_none(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "keyword_catalogue", lambda *_, **__: 1 / 0)
+    data = prepare_data(replace(config, systems=("sasrec",)), tmp_path, progress=False)
+    assert data.keywords is None and data.systems == ("sasrec",)
+
+def test_the_number_of_keywords_is_the_one_asked_for(config, tmp_path):
+    data = prepare_data(replace(config, n_keywords=2, systems=("mp4sr",)), tmp_path, progress=False)
+    assert data.keywords.top.shape[2] == data.keywords.settings["n_keywords"] == 2
+
+
+# Systems as recipes
+
+def test_ablations_can_be_named_and_are_not_among_all():
+    assert not [name for name in ALL if SYSTEMS[name].variant_of] and set(ALL) < set(SYSTEMS)
+    assert RunConfig(systems=["mp4sr_no_mixup"]).systems == ("mp4sr_no_mixup",)
+    with pytest.raises(ValueError, match="mp4sr_without"): RunConfig(systems=["mp4sr_without"])
+    assert RunConfig.from_dict(json.loads(json.dumps(RunConfig().to_dict()))) == RunConfig()
+
+@pytest.mark.parametrize("name, found", [
+    ("mp4sr", {}), ("mp4sr_no_mixup", dict(mixup=False)), ("mp4sr_legacy_losses", dict(legacy=True)),
+    ("mp4sr_no_projections", dict(heads=None))])
+def test_an_ablation_changes_what_is_pretrained_and_nothing_else(name, found, data, quick):
+    model, tuned = SYSTEMS[name].pretrain(data.keyword_catalogue, quick), SYSTEMS[name].build(data.keyword_catalogue, quick)
+    assert model.item_emb is None and tuned.item_emb is not None and tuned.heads is None
+    assert (model.mixup, model.legacy, model.heads is None) == (found.get("mixup", True), found.get("legacy", False),
+                                                                "heads" in found)
+    assert (tuned.max_len, tuned.m2se.state_dict().keys()) == (quick.max_len, model.m2se.state_dict().keys())
+
+@pytest.mark.parametrize("name", ["mp4sr_fixed_pooling", "mp4sr_unmasked_pooling"])
+def test_pooling_is_the_same_before_and_after(name, data, quick):
+    both = [make(data.keyword_catalogue, quick) for make in (SYSTEMS[name].pretrain, SYSTEMS[name].build)]
+    plain = SYSTEMS["mp4sr"].build(data.keyword_catalogue, quick)
+    describe = lambda model: str(model.m2se) + str([(n, p.requires_grad) for n, p in model.m2se.named_parameters()]) + str(
+        [vars(part).get("masked") for part in model.m2se.modules()])
+    assert describe(both[0]) == describe(both[1]) != describe(plain)
+
+
+# One result
+
+def facts(result):
+    "Everything of a result that must not depend on when it was computed."
+    model = MP4SR.from_pretrained(str(result.folder)) if result.system in READERS else None
+    return {"ranks": result.evaluation.ranks.tolist(), "top": result.evaluation.top_items.tolist(), "valid": result.valid,
+            "history": without_seconds(result.history), "best": (result.history.best_epoch, result.history.best_value),
+            "pretraining": result.pretraining and without_seconds(result.pretraining),
+            "weights": model and {k: v.tolist() for k, v in weights(model).items()}}
+
+@pytest.fixture(scope="module")
+def calm(data, quick, tmp_path_factory):
+    "An undisturbed MP4SR, pre-trained."
+    return run_system("mp4sr", 0, data, quick, tmp_path_factory.mktemp("calm"), progress=False)
+
+def test_a_result_survives_its_file(calm, data, quick):
+    mark = result_fingerprint("mp4sr", 0, data, quick)
+    again = load_result(calm.folder, mark)
+    assert facts(again) == facts(calm) and asdict(again.pretraining) == asdict(calm.pretraining)
+    assert len(calm.pretraining.epochs) == 2 and len(calm.history.epochs) == 3
+    assert {"loss", "nip_text", "cmcl_image", "ndcg@10"} <= calm.pretraining.epochs[0].keys()
+    assert calm.seconds == pytest.approx(sum(e["seconds"] for h in (calm.pretraining, calm.history) for e in h.epochs))
+    assert load_result(calm.folder, "other") is None
+
+def test_a_result_without_pretraining_survives_too(calm, tmp_path):
+    result = replace(calm, pretraining=None, folder=tmp_path)
+    save_result(result, "x")
+    assert load_result(tmp_path, "x").pretraining is None and load_result(tmp_path, "x").valid == calm.valid
+
+def test_a_stored_result_is_read_not_computed(calm, data, quick, monkeypatch):
+    monkeypatch.setattr(experiments, "fit", lambda *_, **__: 1 / 0)
+    assert facts(run_system("mp4sr", 0, data, quick, calm.folder.parent.parent, progress=False)) == facts(calm)
+
+def test_fine_tuning_starts_from_the_best_pretrained_weights(data, quick, tmp_path):
+    "Without an epoch of fine-tuning, what is saved is what pre-training left, made here by hand."
+    untuned = replace(quick, epochs=0)
+    result = run_system("mp4sr", 0, data, untuned, tmp_path, progress=False)
+    set_seed(derive_seed(0, "weights"))
+    source = SYSTEMS["mp4sr"].pretrain(data.keyword_catalogue, untuned).set_catalogue(data.keyword_catalogue)
+    history = fit(source, data.store, "pretrain", epochs=2, batch_size=16, lr=.01, patience=5, seed=0, device="cpu",
+                  progress=False)
+    assert without_seconds(history) == without_seconds(result.pretraining)
+    found = MP4SR.from_pretrained(str(result.folder))
+    assert same(weights(found.m2se), weights(source.m2se)) and result.history.epochs == []
+
+def test_the_same_system_from_scratch_has_no_pretraining(data, quick, calm, tmp_path):
+    result = run_system("mp4sr_scratch", 0, data, quick, tmp_path, progress=False)
+    assert result.pretraining is None and result.n_parameters == calm.n_parameters
+    assert facts(result)["ranks"] != facts(calm)["ranks"]
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["mp4sr_scratch-seed0"]
+
+
+# Interrupted anywhere
+
+class Stop(Exception): pass
+
+def stop(*_, **__): raise Stop
+
+def in_step(phase, n):
+    "Die after n optimiser steps of a phase."
+    def prepare(patch):
+        left, original = [n], training._train_step
+        def limited(*args):
+            left[0] -= args[3] == phase
+            if left[0] < 0: raise Stop
+            return original(*args)
+        patch.setattr(training, "_train_step", limited)
+    return prepare
+
+DEATHS = {  # an epoch has seven steps of pre-training, or two of fine-tuning
+    "first epoch of pre-training": [in_step("pretrain", 3)], "second epoch of pre-training": [in_step("pretrain", 10)],
+    "between the phases": [lambda patch: patch.setattr(experiments, "transfer_weights", stop)],
+    "fine-tuning": [in_step("finetune", 3)],
+    "both phases": [in_step("pretrain", 9), in_step("pretrain", 2), in_step("finetune", 1), in_step("finetune", 5)],
+    "while ranking": [lambda patch: patch.setattr(experiments, "evaluate", stop)],
+    "before the result is written": [lambda patch: patch.setattr(experiments, "save_result", stop)]}
+
+@pytest.mark.parametrize("name", DEATHS)
+def test_interrupted_anywhere_the_numbers_are_the_same(name, calm, data, quick, tmp_path):
+    for death in DEATHS[name]:
+        with pytest.MonkeyPatch.context() as patch:
+            death(patch)
+            with pytest.raises(Stop): run_system("mp4sr", 0, data, quick, tmp_path, progress=False)
+        torch.manual_seed(99)  # the next life starts with random numbers of its own
+    assert facts(run_system("mp4sr", 0, data, quick, tmp_path, progress=False)) == facts(calm)
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["mp4sr-seed0"], "checkpoints are removed"
+
+def test_pretraining_that_was_finished_is_not_repeated(data, quick, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, "transfer_weights", stop)
+        with pytest.raises(Stop): run_system("mp4sr", 0, data, quick, tmp_path, progress=False)
+    phases, original = [], training._train_step
+    monkeypatch.setattr(training, "_train_step", lambda *args: phases.append(args[3]) or original(*args))
+    run_system("mp4sr", 0, data, quick, tmp_path, progress=False)
+    assert set(phases) == {"finetune"}
+
+
+# What a result depends on
+
+@pytest.mark.parametrize("setting", [dict(pretrain_epochs=7), dict(pretrain_batch_size=8)])
+def test_settings_of_pretraining_matter_to_who_is_pretrained(setting, data, quick):
+    for name, system in SYSTEMS.items():
+        marks = [result_fingerprint(name, 0, data, each) for each in (quick, replace(quick, **setting))]
+        assert (marks[0] != marks[1]) == (system.pretrain is not None), name
+    assert {name for name, system in SYSTEMS.items() if system.pretrain} == set(READERS) - {"mp4sr_scratch"}
+
+@pytest.mark.parametrize("setting", [dict(epochs=7), dict(lr=.5), dict(hidden_size=8), dict(patience=1)])
+def test_settings_of_training_matter_to_all(setting, data, quick):
+    for name in SYSTEMS:
+        assert result_fingerprint(name, 0, data, quick) != result_fingerprint(name, 0, data, replace(quick, **setting))
+
+def test_keywords_matter_to_who_reads_them(data, quick):
+    other = replace(data, keyword_catalogue=make_catalogue(seed=2))
+    for name in SYSTEMS:
+        changed = result_fingerprint(name, 0, data, quick) != result_fingerprint(name, 0, other, quick)
+        assert changed == (name in READERS), name
+
+def test_names_seeds_and_what_is_only_shown(data, quick):
+    marks = {result_fingerprint(name, seed, data, quick) for name in SYSTEMS for seed in (0, 1)}
+    assert len(marks) == 2 * len(SYSTEMS)
+    shown = replace(quick, umap=True, systems=("mp4sr",), seeds=(0, 1))
+    assert result_fingerprint("mp4sr", 0, data, shown) == result_fingerprint("mp4sr", 0, data, quick)
+
+
+# The whole run
+
+def test_a_run_of_all_standard_systems(config, tmp_path):
+    config = replace(config, epochs=1, pretrain_epochs=1, seeds=(0, 1))
+    run = run_all(config, tmp_path, progress=False)
+    counted = [(r.system, r.seed) for r in run.results]
+    assert counted == [(name, seed) for name in STANDARD for seed in ((0, 1) if SYSTEMS[name].has_seed else (0,))]
+    assert run.config.systems == STANDARD and RunConfig.from_dict(json.loads((tmp_path / "run.json").read_text())) == config
+    assert {name: bool(r.pretraining) for name, r in zip(map(lambda r: r.system, run.results), run.results)} == {
+        name: SYSTEMS[name].pretrain is not None for name in STANDARD}
+    rows = {row["system"]: row for row in result_table(run, ("recall@10",))}
+    assert list(rows) == list(STANDARD) and rows["mp4sr"]["title"] != rows["mp4sr_scratch"]["title"]
+    of = lambda name: [r for r in run.results if r.system == name]
+    by_hand = np.mean([of("mp4sr")[s].evaluation.values("recall@10") - of("mp4sr_scratch")[s].evaluation.values("recall@10")
+                       for s in (0, 1)])
+    assert difference(of("mp4sr"), of("mp4sr_scratch"), "recall@10")["difference"] == pytest.approx(by_hand)
+    training_items = np.unique(run.data.store.items[run.data.store.stage == TRAIN])
+    assert len(training_items) == run.data.interactions.n_items, "in this shop every item is trained on"
