@@ -122,6 +122,7 @@ def plot_heatmap(
                 annot=digits is not None, fmt=f".{digits or 0}f", annot_kws={"size": 7.5}, linewidths=.4,
                 xticklabels=column_names if column_names is not None else "auto",
                 yticklabels=row_names if row_names is not None else "auto", cbar_kws={"shrink": .8})
+    ax.set(xlabel=xlabel, ylabel=ylabel)  # seaborn clears them
     ax.tick_params(axis="x", rotation=0 if max(map(len, column_names or [""])) < 5 else 35, length=0)
     if column_names is not None and max(map(len, column_names)) >= 5:
         for label in ax.get_xticklabels(): label.set_horizontalalignment("right")

@@ -171,7 +171,8 @@ def transfer_weights(
 ) -> TwoTowers:  # the target
     "Copy weights by name. Raises `ValueError`, before anything is copied, where one is missing or of another size."
     given, own = source.state_dict(), target.state_dict()
-    wanted = [name for name in own if not name.startswith(tuple(except_for))]
+    except_for = (except_for,) if isinstance(except_for, str) else tuple(except_for)
+    wanted = [name for name in own if not name.startswith(except_for)]
     for name in wanted:
         if name in given and given[name].shape == own[name].shape: continue
         found = f"has {tuple(given[name].shape)}" if name in given else "has none"

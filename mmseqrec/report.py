@@ -239,28 +239,27 @@ nav{margin:20px 0 0;font-size:14px}nav a{margin-right:16px;white-space:nowrap;li
 a{color:#2b6cb0;text-decoration:none}a:hover{text-decoration:underline}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:5px 22px;margin:8px 0 20px}.facts dt{color:var(--soft)}
 .facts dd{margin:0;min-width:0;overflow-wrap:anywhere}.facts ul{margin:0;padding-left:18px}
-.scroll{overflow-x:auto;margin:10px 0 18px}
+.scroll{overflow-x:auto;margin:10px 0 18px}.words b{color:var(--accent)}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:15px;min-width:min(100%,560px)}
 th,td{padding:7px 12px;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
 thead th{font-size:13px;font-weight:600;color:var(--soft);vertical-align:bottom;border-bottom:1.5px solid #b9c1cb}
 tr>:first-child{text-align:left;white-space:nowrap;padding-left:2px}tbody th{font-weight:600}
-.results td{white-space:nowrap}td small{display:block;font-size:12px;line-height:1.35}.results{width:100%}
+.results td,.twins td{white-space:nowrap}td small{display:block;font-size:12px;line-height:1.35}.results{width:100%}
 th small{display:block;font-size:12px;font-weight:400;padding-left:18px}
 .all{font-size:14px}.all td,.all th{padding:7px 7px}.all td small{font-size:11px}.plain tbody th{font-weight:400}
 .up{color:var(--good)}.down{color:var(--accent)}.up small,.down small{color:inherit;opacity:.8}
 .dot{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:8px;border:1px solid #0002}
 .time{min-width:0;width:min(100%,560px)}.time td:nth-child(2){width:60%;text-align:left}
 .time td,.time th{padding:3px 8px; white-space:nowrap;border:0;font-size:14px}.time tr>:first-child{padding-left:2px}
-.time thead{display:none}.time tr>:first-child{font-weight:400}
+.time thead{display:none}.time tr>:first-child{font-weight:400}.time tr:last-child>*{font-weight:600}
 .bar{display:inline-block;height:9px;min-width:1px;border-radius:2px;background:#2b6cb0}
-.time tr:last-child>*{font-weight:600}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,470px),1fr));gap:10px 30px;align-items:start}
 figure{margin:8px 0 14px;min-width:0}figure img{display:block;max-width:100%;height:auto}
-figcaption{font-size:14px;margin-top:7px;max-width:76ch}
+figcaption{font-size:14px;margin-top:7px;max-width:76ch}.who .dot{margin-right:6px}
 .example{border:1px solid var(--line);border-radius:12px;padding:15px 18px 9px;margin:0 0 18px}
-.strip{display:grid;grid-template-columns:190px 1fr;gap:12px;padding:7px 0;border-top:1px solid var(--line);
-align-items:center}.strip.past{border-top:0}.who{font-weight:600;font-size:14px;line-height:1.35}.who .dot{margin-right:6px}
-.who small{display:block;font-weight:400}.cards{display:flex;flex-wrap:wrap;gap:7px;align-items:center}
+.strip{display:grid;grid-template-columns:200px 1fr;gap:12px;padding:7px 0;border-top:1px solid var(--line);
+align-items:center}.strip.past{border-top:0}.who{font-weight:600;font-size:14px;line-height:1.35}
+.who small{display:block;font-weight:400}.cards{display:flex;flex-wrap:wrap;gap:6px;align-items:center}
 .card{width:74px;height:74px;border-radius:8px;border:1px solid var(--line);background:var(--pale);overflow:hidden;
 display:flex; align-items:center;justify-content:center}
 .card img{width:100%;height:100%;object-fit:contain;display:block}
@@ -272,7 +271,6 @@ display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:5}
 padding:14px 18px 14px 14px;margin:0}.keyed img{width:112px;height:112px;object-fit:contain;border-radius:8px}
 .keyed h3{margin:0;font-size:14.5px;line-height:1.35}.keyed div{min-width:0;overflow-wrap:anywhere}
 .keyed small{font-size:13px}.words{list-style:none;display:flex;flex-wrap:wrap;gap:0 13px;margin:6px 0 0;padding:0}
-.words b{color:var(--accent)}
 pre{background:var(--pale);border:1px solid var(--line);border-radius:8px;padding:12px 14px;overflow-x:auto;
 font-size:13px; line-height:1.45;white-space:pre-wrap;overflow-wrap:anywhere}
 code{font-family:ui-monospace,Menlo,Consolas,"Liberation Mono",monospace}summary{cursor:pointer;color:#2b6cb0}
@@ -280,8 +278,7 @@ footer{margin:44px 0 30px;color:var(--soft);font-size:14px}@media(max-width:640p
 h1{font-size:25px}.lead{font-size:16.5px}.facts{grid-template-columns:1fr; gap:0}.facts dd{margin-bottom:9px}
 .strip{grid-template-columns:1fr;gap:6px}.keyed{grid-template-columns:84px 1fr;gap:13px;padding:12px}
 .keyed img{width:84px;height:84px}.card{width:60px;height:60px}.card span{-webkit-line-clamp:3}
-.example{padding:13px 12px 7px}
-.tile{flex:1 1 40%}}
+.example{padding:13px 12px 7px}.tile{flex:1 1 40%}}
 """
 
 # %% ../nbs/80_report.ipynb #print-style
@@ -519,7 +516,7 @@ def plot_validation(
             else: ax.axhline(points[-1][1], color=system.color, label=label, linestyle="--", linewidth=1.4)
     name = "Validation" if phase == "fine-tuning" else "Validation during pre-training:"
     ax.set(title=f"{name} {metric_title(metric)}", xlabel="epoch", ylabel=metric_title(metric))
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.04 * ax.get_ylim()[1])
     ax.xaxis.get_major_locator().set_params(integer=True)
     if ax.get_legend_handles_labels()[0]: _legend_below(ax, -.22)
     return ax
@@ -544,7 +541,7 @@ def plot_pretraining_terms(
         ax.plot([e["epoch"] + 1 for e in epochs], [e[name] for e in epochs], marker="o" if len(epochs) < 4 else "",
                 markersize=4, **_term_style(name))
     ax.set(title=f"{system.title}: loss of pre-training", xlabel="epoch", ylabel="loss")
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.04 * ax.get_ylim()[1])
     ax.xaxis.get_major_locator().set_params(integer=True)
     _legend_below(ax, -.22, 3)
     return ax
@@ -661,7 +658,7 @@ def keywords_html(
 ) -> str:
     "Write the section about pictures and their keywords."
     how = (f"Some systems read a picture as words, the best first: {keywords_sentence(run)}. Red words also occur in "
-           "the item's own text. That text does not say the others: the picture shows them, or the encoder is mistaken.")
+           "the item's own text. That text does not say the others: the picture shows them, or the encoder errs.")
     return _how(how) + f'<div class="pair">{"".join(keyword_card(run, row) for row in choose_pictured(run, n))}</div>'
 
 # %% ../nbs/80_report.ipynb #map-vectors
@@ -814,8 +811,9 @@ def pretraining_section(
     "Write the section about pre-training."
     some = [system for system in systems if system.is_pretrained]
     if not some: return {}
+    first = " of the first seed" if len(run.config.seeds) > 1 else ""
     figures = [figure_html(plot_pretraining_terms(system), "The terms of the loss and their weighted sum, means over "
-                           "the steps of an epoch.") for system in some]
+                           f"the steps of an epoch{first}.") for system in some]
     figures.append(figure_html(plot_validation(some, run.config.metric, "pre-training"),
                                "Before any fine-tuning; the dot is the epoch whose weights were fine-tuned."))
     compared = twins_html(run, systems)

@@ -139,13 +139,13 @@ def spaces(p, h):
     return [[head("text", h[0]), head("text", h[1])], [head("image", h[1]), head("image", h[0])]]
 
 
-def pretraining(p, catalogue, histories, targets, tau, legacy=False, swapped=None, masked=True):
+def pretraining(p, catalogue, histories, targets, tau, legacy=False, swapped=None, masked=True, n_heads=2):
     "All terms of an `MP4SR`'s pre-training from its weights; `swapped[b][l]` says where the streams change places."
     z = item_vectors(within(p, "m2se.items."), catalogue, masked)
     found = []
     for b, history in enumerate(histories):
         x = np.array([z[i][::-1] if swapped and swapped[b][l] else z[i] for l, i in enumerate(history)])
-        found.append(spaces(p, read_both(within(p, "m2se."), x)[-1]))
+        found.append(spaces(p, read_both(within(p, "m2se."), x, n_heads)[-1]))
     return terms(found, [[unit(z[i][0]), unit(z[i][1])] for i in targets],
                  [[not z[i][0].any(), not z[i][1].any()] for i in targets], targets, tau, legacy)
 

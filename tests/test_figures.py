@@ -50,3 +50,8 @@ def test_picture_files_are_opened(tmp_path):
     Image.new("L", (4, 4), 255).save(tmp_path / "a.png")
     figure = plot_images([tmp_path / "a.png", str(tmp_path / "a.png")])
     assert [ax.images[0].get_array().shape for ax in figure.axes] == [(4, 4, 3)] * 2
+
+
+def test_a_heat_map_keeps_its_labels():
+    ax = plot_heatmap(np.eye(2), title="t", xlabel="x", ylabel="y")
+    assert (ax.get_title(loc="left") or ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == ("t", "x", "y")

@@ -2,6 +2,7 @@
 what is drawn, what is saved, what is continued."""
 import json
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import mmseqrec.models.mp4sr as mp4sr
 import mmseqrec.training as training
 from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TEST, TRAIN, VALID
-from mmseqrec.data.sequences import SequenceStore, collate, position_batches, prefix_batches
-from mmseqrec.evaluation import evaluate
+from mmseqrec.data.sequences import SequenceStore, collate, evaluation_batches, position_batches, prefix_batches
+from mmseqrec.models.m2se import encode_last
 from mmseqrec.models.mp4sr import MP4SR, MSM4SR, Projections, pretraining_terms
 from mmseqrec.recommender import transfer_weights
 from mmseqrec.training import fit, training_batches
@@ -48,7 +49,7 @@ def asking(targets, histories=HISTORIES):
     return batch
 
 
-def number(terms): return {name: float(x) for name, x in terms.items()}
+def number(terms): return {name: x.item() for name, x in terms.items()}
 
 
 def total(terms, w=1., cmcl=.01): return sum((w if name.startswith("nip") else cmcl) * x for name, x in terms.items())
@@ -71,8 +72,6 @@ def test_terms_equal_loops(P, legacy, targets):
     assert list(fast) == ["nip_text", "nip_image", *(["cmcl"] if P == 1 else ["cmcl_text", "cmcl_image"])]
     slow = terms(found.numpy(), wanted.numpy(), lacking.tolist(), targets, TAU, legacy)
     assert number(fast) == pytest.approx(slow, abs=1e-9)
-    if targets == DISTINCT and P == 1: assert number(pretraining_terms(found, wanted, lacking, torch.tensor(targets), TAU,
-        not legacy))["nip_text"] == pytest.approx(slow["nip_text"], abs=1e-9), "without repeated targets NIP has one arithmetic"
 
 
 def test_projections_send_both_streams_into_both_spaces():
@@ -104,13 +103,10 @@ def test_pretraining_equals_loops(name, targets, legacy):
 @each_kind
 def test_options_of_pretraining_equal_loops(name, options):
     model = shaken(name, **STILL, **options)
-    found = number(model.pretrain_loss(asking(REPEATED)))
-    p = numbers(model)
-    if "n_heads" in options:  # the loops know two heads only: compare with the model that has them
-        assert found["loss"] != pytest.approx(number(shaken(name, **STILL, n_layers=1).pretrain_loss(asking(REPEATED)))["loss"], abs=1e-6)
-        return
-    slow = pretraining(p, model.catalogue, HISTORIES, REPEATED, options.get("temperature", TAU), masked=options.get("masked_pooling", True))
-    assert found == pytest.approx({"loss": total(slow, options.get("nip_weight", 1.), options.get("cmcl_weight", .01)), **slow}, abs=1e-8)
+    slow = pretraining(numbers(model), model.catalogue, HISTORIES, REPEATED, options.get("temperature", TAU),
+                       masked=options.get("masked_pooling", True), n_heads=options.get("n_heads", 2))
+    whole = total(slow, options.get("nip_weight", 1.), options.get("cmcl_weight", .01))
+    assert number(model.pretrain_loss(asking(REPEATED))) == pytest.approx({"loss": whole, **slow}, abs=1e-8)
 
 
 @each_kind
@@ -172,11 +168,11 @@ def test_rates_are_drawn_uniformly_and_once_a_step(options, monkeypatch):
     model = build("content_msm4sr", hidden_size=4, n_layers=1, inner_size=4, **options)
     set_seed(0)
     with torch.no_grad():
-        for _ in range(200): model.pretrain_loss(asking(DISTINCT[:2], HISTORIES[:2]))
+        for _ in range(120): model.pretrain_loss(asking(DISTINCT[:2], HISTORIES[:2]))
     for name, most in (("drop", options.get("max_drop", .2)), ("swap", options.get("max_swap", .5))):
         drawn = np.array(rates[name]) / most
-        assert drawn.shape == (200,) and 0 <= drawn.min() < .05 and .95 < drawn.max() <= 1
-        assert abs(drawn.mean() - .5) < .07 and drawn.std() == pytest.approx(1 / math.sqrt(12), rel=.15)
+        assert drawn.shape == (120,) and 0 <= drawn.min() < .05 and .95 < drawn.max() <= 1
+        assert abs(drawn.mean() - .5) < .09 and drawn.std() == pytest.approx(1 / math.sqrt(12), rel=.15)
     assert abs(np.corrcoef(rates["drop"], rates["swap"])[0, 1]) < .25, "one rate says nothing about the other"
 
 
@@ -254,7 +250,8 @@ def reached(model, term, batch):
     found.backward()
     parts = set()
     for part, prefix in PARTS.items():
-        moved = [x.grad is not None and x.grad.abs().max().item() > 1e-12 for name, x in model.named_parameters() if name.startswith(prefix)]
+        weights_of_it = [x for name, x in model.named_parameters() if name.startswith(prefix)]
+        moved = [x.grad is not None and x.grad.abs().max().item() > 1e-12 for x in weights_of_it]
         assert all(moved) or not any(moved), f"{term} teaches only some weights of {part}"
         if any(moved): parts.add(part)
     return parts
@@ -333,12 +330,14 @@ def test_frozen_pooling_stays_and_the_rest_learns(phase):
     fit(model, make_store(held_out=False), phase, **QUICK, weight_decay=.01)
     for name, x in model.named_parameters():
         frozen = ".pooling." in name
-        assert x.requires_grad != frozen and torch.equal(x, before[name]) == (frozen or phase == "finetune" and name.startswith("heads")), name
+        stays = frozen or phase == "finetune" and name.startswith("heads")
+        assert x.requires_grad != frozen and torch.equal(x, before[name]) == stays, name
 
 
 @pytest.mark.parametrize("options", [{}, dict(weight_decay=.1), dict(weight_decay=.1, decoupled=True)])
 def test_padding_stays_zero(options):
-    model = build("mp4sr")
+    assert not MP4SR(TEXT_SIZE, IMAGE_SIZE, V, transductive=True).item_emb.weight[0].any(), "from the start"
+    model = build("mp4sr", n_items=V)  # the first catalogue has as many items: the rows are kept
     fit(model, make_store(held_out=False), **QUICK, **options)
     assert not model.item_emb.weight[0].any() and model.item_emb.weight[1:].any(1).all()
     model.train().finetune_loss(prefix_batches(make_store(), TRAIN, 16, 10)[0])["loss"].backward()
@@ -354,8 +353,15 @@ def test_padding_stays_zero(options):
 def test_finetuning_equals_loops(name, transductive, targets):
     model = shaken(name, transductive=transductive)
     slow = finetuning(numbers(model), model.catalogue, HISTORIES, targets, TAU)
-    assert float(model.finetune_loss(asking(targets))["loss"]) == pytest.approx(slow, abs=1e-9)
+    assert model.finetune_loss(asking(targets))["loss"].item() == pytest.approx(slow, abs=1e-9)
     assert slow > 1
+
+
+@each_mode
+def test_the_temperature_of_finetuning(transductive):
+    model = shaken(transductive=transductive, temperature=.5)
+    slow = finetuning(numbers(model), model.catalogue, HISTORIES, REPEATED, .5)
+    assert model.finetune_loss(asking(REPEATED))["loss"].item() == pytest.approx(slow, abs=1e-9)
 
 
 @each_mode
@@ -371,7 +377,7 @@ def test_all_positions_in_one_pass_are_the_prefixes_one_by_one(transductive):
             histories.append(store.items[start:place].tolist())
             targets.append(int(store.items[place]))
     slow = finetuning(numbers(model), model.catalogue, histories, targets, TAU)
-    assert float(model.finetune_loss(batch)["loss"]) == pytest.approx(slow, abs=1e-9)
+    assert model.finetune_loss(batch)["loss"].item() == pytest.approx(slow, abs=1e-9)
 
 
 @each_mode
@@ -486,15 +492,18 @@ def test_statistics_come_from_training_events_only(name):
 
 # The same digits
 
-def pretrained(seed=0, noise=0, name="content_mp4sr", store=None, **options):
+@cache
+def pretrained(name="content_mp4sr", seed=0, noise=0):
+    "Two undisturbed epochs of pre-training: the history and the weights."
     model = build(name, dropout=.3)
     set_seed(noise)
-    return without_seconds(fit(model, store or make_store(), "pretrain", **QUICK | options, seed=seed)), weights(model)
+    history = fit(model, make_store(), "pretrain", **QUICK | {"epochs": 2}, seed=seed)
+    return without_seconds(history), weights(model)
 
 
 @each_kind
 def test_the_same_seed_gives_the_same_pretraining(name):
-    first, second, other = pretrained(0, 1, name), pretrained(0, 2, name), pretrained(1, 1, name)
+    first, second, other = pretrained(name), pretrained(name, noise=1), pretrained(name, seed=1)
     assert first[0] == second[0] and same(first[1], second[1]) and first[0] != other[0]
     assert set(first[0][0]) >= {"loss", "nip_text", "nip_image", "ndcg@10", "cmcl" if name == "content_msm4sr" else "cmcl_image"}
 
@@ -502,25 +511,27 @@ def test_the_same_seed_gives_the_same_pretraining(name):
 class Stop(Exception): pass
 
 
-@pytest.mark.parametrize("steps", [None, 2, 9], ids=["after one epoch", "after two steps", "after nine steps"])
-@each_kind
+def stop_before_step(monkeypatch, step):
+    left, original = [step], training._train_step
+    def limited(*args):
+        left[0] -= 1
+        if left[0] < 0: raise Stop
+        return original(*args)
+    monkeypatch.setattr(training, "_train_step", limited)
+
+
+@pytest.mark.parametrize("name, steps", [("content_mp4sr", None), ("content_msm4sr", None), ("content_mp4sr", 2), ("content_mp4sr", 6)])
 def test_a_stopped_pretraining_continues_to_the_same_digits(name, steps, tmp_path, monkeypatch):
-    "What is drawn for dropout, drop and mixup goes on where it stopped."
-    store, options, path = make_store(40), QUICK | {"epochs": 2, "checkpoint_every": 2}, tmp_path / "rough.safetensors"
-    expected = pretrained(name=name, store=store, **options, checkpoint=tmp_path / "calm.safetensors")
-    rough = build(name, dropout=.3)
-    with monkeypatch.context() as patch:
-        if steps is None: fit(rough, store, "pretrain", **options | {"epochs": 1}, checkpoint=path)
-        else:
-            left, original = [steps], training._train_step
-            def limited(*args):
-                left[0] -= 1
-                if left[0] < 0: raise Stop
-                return original(*args)
-            patch.setattr(training, "_train_step", limited)
-            with pytest.raises(Stop): fit(rough, store, "pretrain", **options, checkpoint=path)
+    "After an epoch, in the first or in the second: what is drawn for dropout, drop and mixup goes on where it stopped."
+    store, path, rough = make_store(), tmp_path / "run.safetensors", build(name, dropout=.3)
+    options = QUICK | {"epochs": 2, "checkpoint": path, "checkpoint_every": 1}
+    if steps is None: fit(rough, store, "pretrain", **options | {"epochs": 1})
+    else:
+        with monkeypatch.context() as patch:
+            stop_before_step(patch, steps)
+            with pytest.raises(Stop): fit(rough, store, "pretrain", **options)
     again = build(name, seed=99, dropout=.3)  # its weights do not matter: the checkpoint has them
-    history = fit(again, store, "pretrain", **options, checkpoint=path)
+    expected, history = pretrained(name), fit(again, store, "pretrain", **options)
     assert len(history.epochs) == 2 and without_seconds(history) == expected[0] and same(weights(again), expected[1])
 
 
@@ -533,7 +544,7 @@ def test_a_checkpoint_of_the_other_phase_is_refused(tmp_path):
 # Saving
 
 OPTIONS = dict(transductive=False, projections=True, mixup=False, nip_weight=.5, cmcl_weight=.25, max_drop=.1, max_swap=.3,
-               trained_pooling=False, masked_pooling=False, legacy=True)
+               trained_pooling=False, masked_pooling=False, legacy=True, adapter_dropout=.35)
 
 
 @pytest.mark.parametrize("kind", [MP4SR, MSM4SR])
@@ -553,11 +564,12 @@ def test_saved_options_come_back(kind, options, tmp_path):
         pooling = again.m2se.items.image.pooling
         found = pooling.first.weight.requires_grad if name == "trained_pooling" else pooling.masked
         assert found == options.get(name, True), name
+    assert again.m2se.items.text.experts.dropout.p == options.get("adapter_dropout", .2)
     assert (again.item_emb is not None) == options.get("transductive", False) == (not again.has_pretraining)
     losses = []
     for each in (model, again):
         set_seed(0)
-        with torch.no_grad(): losses.append(number(each.finetune_loss(asking(DISTINCT)) if each.item_emb else each.pretrain_loss(asking(DISTINCT))))
+        with torch.no_grad(): losses.append(number(each(asking(DISTINCT), "pretrain" if each.has_pretraining else "finetune")))
     assert losses[0] == losses[1]
 
 
@@ -600,20 +612,26 @@ def eight_sequences():
 
 @each_kind
 def test_pretraining_understands_a_ring(name):
-    "All terms fall far below what knowing nothing costs, and the next step is found without any fine-tuning."
-    store, calm = ring_store(24), dict(dropout=.1, attention_dropout=0.)
-    model = build(name, make_catalogue(whole=True), **calm)
-    history = fit(model, store, "pretrain", epochs=20, batch_size=32, lr=.01, device="cpu", progress=False, patience=20)
+    """All terms fall, NIP far below what knowing nothing costs, and the held-out next step is nearest in the very spaces
+    that were trained: after the heads, where there are some."""
+    store = ring_store(24)
+    model = build(name, make_catalogue(whole=True), dropout=.1, attention_dropout=0.)
+    history = fit(model, store, "pretrain", epochs=20, batch_size=32, lr=.02, device="cpu", progress=False, patience=20)
     first, last = history.epochs[0], history.epochs[-1]
     for term in last:
-        if term.startswith("nip"): assert last[term] < .5 * first[term] and first[term] < 1.1 * math.log(24), term
+        if term.startswith("nip"): assert last[term] < .6 * math.log(V) < first[term], term
         if term.startswith("cmcl"): assert last[term] < first[term], term
-    assert evaluate(model, store, TEST).metrics(ks=(1,))["recall@1"] > .5
+    batch, = evaluation_batches(store, VALID, 100, model.max_len)
+    with torch.no_grad():
+        h, targets = encode_last(model.m2se, model.m2se.items()[batch.item_seq], batch), model.encode_items().vectors
+        own = torch.nn.functional.normalize(h if model.heads is None else model.heads(h)[:, :, 0], dim=-1)
+    nearest = torch.einsum("bsd,nsd->bn", own, targets).argmax(1) + 1
+    assert (nearest == batch.pos_item).float().mean() > 5 / V
 
 
 def test_the_whole_way():
     "Pre-trained without item vectors, transferred, fine-tuned with them: eight sequences are known by heart."
-    store, calm = eight_sequences(), dict(dropout=0., attention_dropout=0.)
+    store, calm = eight_sequences(), dict(dropout=0., attention_dropout=0., adapter_dropout=0.)
     source = build("content_mp4sr", make_catalogue(whole=True), **calm)
     fit(source, store, "pretrain", epochs=10, batch_size=8, lr=.01, device="cpu", progress=False)
     model = transfer_weights(source, build("mp4sr", make_catalogue(whole=True), seed=1, **calm))
@@ -627,9 +645,8 @@ def test_the_whole_way():
     assert torch.equal(best, batch.pos_item)
 
 
-@each_kind
-def test_pretraining_in_sixteen_bits(name):
-    model = build(name)
-    history = fit(model, make_store(), "pretrain", **QUICK | {"epochs": 4}, precision="bf16")
+def test_pretraining_in_sixteen_bits():
+    model = build("content_mp4sr")
+    history = fit(model, make_store(), "pretrain", **QUICK, precision="bf16")
     assert all(x.dtype == torch.float32 for x in model.parameters())
     assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]

@@ -11,8 +11,9 @@ from torch import nn
 from mmseqrec.core import set_seed
 from mmseqrec.data.sequences import collate
 from mmseqrec.models.baselines import ContentSASRec, Popularity, SASRec
-from mmseqrec.recommender import (Items, Recommendation, Recommender, resize_item_embedding, take_positions, top_items)
-from small_world import SIZES, TEXT_SIZE, V, build, make_catalogue, weights
+from mmseqrec.recommender import (Items, Recommendation, Recommender, resize_item_embedding, take_positions, top_items,
+                                  transfer_weights)
+from small_world import SIZES, TEXT_SIZE, V, build, make_catalogue, make_store, same, weights
 
 
 # Pieces
@@ -58,6 +59,103 @@ def test_embedding_is_kept_where_nothing_changes():
     swapped = resize_item_embedding(old, tokens, ["[PAD]", "b", "a"])  # same size, other order
     assert torch.equal(swapped.weight[1:], old.weight[1:].flip(0))
 
+
+# Weights that move from one model to another
+
+def pretrained(name="content_mp4sr", **options):
+    "A model whose weights differ from those of a fresh one, statistics included."
+    model = build(name, seed=7, **options)
+    model.start_epoch(make_store(), 0)
+    return model
+
+
+def test_everything_but_item_vectors_is_transferred():
+    source, target = pretrained(), build("mp4sr")
+    before, given = weights(target), weights(source)
+    assert transfer_weights(source, target) is target
+    after = weights(target)
+    assert set(after) - set(given) == {"item_emb.weight"} and torch.equal(after["item_emb.weight"], before["item_emb.weight"])
+    for name in set(after) - {"item_emb.weight"}:
+        assert torch.equal(after[name], given[name]), name
+    changed = [name for name in after if not torch.equal(after[name], before[name])]
+    assert "m2se.items.text.centring.center" in changed and "m2se.items.fitted" in changed and "m2se.encoder.position_emb.weight" in changed
+    assert {name.partition(".")[0] for name in set(given) - set(after)} == {"heads"}, "heads stay behind"
+    assert target.heads is None and all(x.requires_grad for x in target.parameters())
+
+
+def test_a_transfer_leaves_the_source_and_shares_nothing_with_it():
+    source, target = pretrained(), build("mp4sr")
+    before = weights(source)
+    transfer_weights(source, target)
+    with torch.no_grad():
+        for x in target.parameters(): x += 1
+    assert same(weights(source), before)
+
+
+def test_with_item_vectors_of_zero_a_transferred_model_scores_like_its_source():
+    source, target = pretrained().double(), build("mp4sr").double()
+    transfer_weights(source, target)
+    with torch.no_grad():
+        target.item_emb.weight.zero_()
+        batch = collate([[1, 2, 3], [7], [4, 5, 6]], 10)
+        found, expected = (model.score(model.encode_sequence(batch), model.encode_items()) for model in (target, source))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_statistics_that_were_transferred_are_not_taken_again():
+    source, target = pretrained(), build("mp4sr")
+    transfer_weights(source, target).start_epoch(make_store(seed=3), 0)
+    for name in ("text", "image"):
+        assert torch.equal(*(model.get_buffer(f"m2se.items.{name}.centring.center") for model in (source, target)))
+
+
+@pytest.mark.parametrize("source, target, options", [
+    ("content_mp4sr", "content_mp4sr", {}), ("content_mp4sr", "content_msm4sr", {}), ("content_msm4sr", "content_msm4sr", {}),
+    ("mp4sr", "content_msm4sr", {}), ("mp4sr", "content_mp4sr", dict(projections=False)), ("sasrec", "sasrec", {}),
+    ("content_both", "content_both", {})])
+def test_other_transfers(source, target, options):
+    source, target = pretrained(source), build(target, **options)
+    mine = weights(target)
+    transfer_weights(source, target)
+    for name, x in target.state_dict().items():
+        assert torch.equal(x, mine[name] if name.startswith("item_emb.") else source.state_dict()[name]), name
+
+
+def test_what_is_left_out_is_chosen_by_the_beginning_of_its_name():
+    source, target = pretrained(), build("content_mp4sr")
+    before = weights(target)
+    transfer_weights(source, target, except_for=("heads.image.", "m2se.encoder.blocks.1"))
+    for name, x in target.state_dict().items():
+        stays = name.startswith(("heads.image.", "m2se.encoder.blocks.1"))
+        assert torch.equal(x, before[name] if stays else source.state_dict()[name]), name
+    first, second = pretrained("mp4sr"), build("mp4sr")
+    transfer_weights(first, second, except_for=())
+    assert same(weights(first), weights(second)), "item vectors, too, where nothing is left out"
+
+
+def test_precision_and_catalogue_of_the_target_stay():
+    source, target = pretrained(), build("mp4sr", make_catalogue(19, seed=5, name="other")).double()
+    features = target.m2se.items.text.features.clone()
+    transfer_weights(source, target)
+    assert {x.dtype for x in target.parameters()} == {torch.float64} and target.catalogue.n_items == 19
+    assert torch.equal(target.m2se.items.text.features, features) and target.item_emb.num_embeddings == 20
+    assert torch.equal(target.m2se.encoder.norm.weight, source.m2se.encoder.norm.weight.double())
+
+
+@pytest.mark.parametrize("source, options, message", [
+    ("content_mp4sr", dict(hidden_size=8), r"of the target has shape \(.*16.*\), the source has \(.*8.*\); build both with the same sizes"),
+    ("content_mp4sr", dict(n_layers=1), r"m2se.encoder.blocks.1.* of the target has shape \(.*\), the source has none"),
+    ("content_mp4sr", dict(max_len=9), r"position_emb.weight of the target has shape \(10, 16\), the source has \(9, 16\)"),
+    ("content_both", {}, r"m2se.* the source has none; .*or name what to leave out in except_for"),
+    ("content_msm4sr", {}, r"heads.text.weight of the target has shape \(16, 16\), the source has none")])
+def test_weights_that_do_not_fit_are_refused_before_anything_is_copied(source, options, message):
+    source, target = pretrained(source, **options), build("content_mp4sr")
+    before, given = weights(target), weights(source)
+    with pytest.raises(ValueError, match=message): transfer_weights(source, target)
+    assert same(weights(target), before) and same(weights(source), given)
+
+
+# The best items
 
 class Fixed(Recommender):
     "Scores given by a table, so that rankings can be checked by hand."
@@ -241,3 +339,11 @@ def test_sizes_can_be_overruled_only_by_what_fits(tmp_path):
     again = ContentSASRec.from_pretrained(tmp_path / "saved", dropout=.5)
     assert again.encoder.dropout.p == .5 and again.max_len == 10
     with pytest.raises(RuntimeError, match="size mismatch"): ContentSASRec.from_pretrained(tmp_path / "saved", hidden_size=32)
+
+
+def test_one_name_alone_may_stay_behind():
+    first, second = build("content_both"), build("content_both", seed=1)
+    before = weights(second)
+    transfer_weights(first, second, except_for="encoder.")
+    after, given = weights(second), weights(first)
+    for name in after: assert torch.equal(after[name], (before if name.startswith("encoder.") else given)[name]), name

@@ -98,7 +98,7 @@ class StreamItems(Recommender):
         self,
         ids: Tensor | None = None,  # `[N]` catalogue rows; all by default
     ) -> Items:
-        "Compute the vectors that items are scored with; without learned vectors a missing modality is a missing stream."
+        "Compute the vectors of items; without learned vectors a missing modality is a missing stream."
         if ids is None: ids = torch.arange(1, self.catalogue.n_items + 1, device=self.device)
         missing = None if self.item_emb is not None else self.missing_modality_mask(ids)
         return Items(F.normalize(self.item_vectors(ids), dim=-1), ids, missing)
@@ -151,6 +151,8 @@ class StreamRecommender(StreamItems):
 # %% ../../nbs/53_models.mp4sr.ipynb #mp4sr
 class MP4SR(StreamRecommender):
     "Multimodal Pre-training for Sequential Recommendation (arXiv 2303.11879; ACM TORS 2024)."
+    default_projections = True
+
     def __init__(
         self,
         text_size: int | None = None,  # numbers in a text feature
@@ -167,7 +169,7 @@ class MP4SR(StreamRecommender):
         *,
         adapter_dropout: float = 0.2,  # share of an expert's numbers dropped in training
         transductive: bool = False,  # learn a vector for each item; for fine-tuning only
-        projections: bool = True,  # project before the contrastive losses
+        projections: bool | None = None,  # project before the contrastive losses; `None`: as the class does
         mixup: bool = True,  # let the streams change places
         nip_weight: float = 1.0,  # w
         cmcl_weight: float = 0.01,  # lambda
@@ -185,6 +187,7 @@ class MP4SR(StreamRecommender):
                          masked_pooling=masked_pooling)
         self.has_pretraining = not transductive
         self.item_emb = nn.Embedding(n_items + 1, hidden_size, padding_idx=0) if transductive else None
+        projections = self.default_projections if projections is None else projections
         self.heads = Projections(hidden_size) if projections and not transductive else None
         init_weights(self)
 
@@ -220,10 +223,4 @@ MP4SR._disturbed = _disturbed
 # %% ../../nbs/53_models.mp4sr.ipynb #msm4sr
 class MSM4SR(MP4SR):
     "Multimodal Sequence Mixup for Sequential Recommendation: the first version of MP4SR, without projections."
-    def __init__(
-        self,
-        *sizes: int,  # as for `MP4SR`
-        projections: bool = False,  # project before the contrastive losses
-        **options,  # as for `MP4SR`
-    ):
-        super().__init__(*sizes, projections=projections, **options)
+    default_projections = False
