@@ -37,10 +37,11 @@ def training_batches(
     batch_size: int = 256,  # targets in an optimiser step
     seed: int = 0,
     epoch: int = 0,  # with `seed`, the only thing the order depends on
-) -> Batches:  # every training target once
+) -> Batches:  # every training target once; in pre-training at most `max_len` of each user
     "List the batches of one epoch for this model and phase."
     if phase == "pretrain":
-        return prefix_batches(store, TRAIN, batch_size, model.max_len, seed, epoch, one_per_user=True)
+        return prefix_batches(store, TRAIN, batch_size, model.max_len, seed, epoch, one_per_user=True,
+                              most_per_user=model.max_len)
     if model.causal: return position_batches(store, batch_size, model.max_len, seed, epoch)
     return prefix_batches(store, TRAIN, batch_size, model.max_len, seed, epoch)
 

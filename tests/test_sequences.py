@@ -138,6 +138,26 @@ def test_one_per_user(seed):
     assert sorted(rows) == list(range(len(store.rows(TRAIN))))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_most_per_user(seed):
+    "The bound holds, users below it keep every row, and every row of the others has its turn."
+    store = make_store(seed, n_users=12, longest=30)
+    own = Counter(store.user[store.rows(TRAIN)].tolist())
+    seen = set()
+    for epoch in range(60):
+        batches = prefix_batches(store, TRAIN, 8, 5, seed=seed, epoch=epoch, one_per_user=True, most_per_user=4)
+        for batch in batches: assert len(batch.user.unique()) == len(batch) <= 8
+        rows = [row for batch in batches for row in batch.row.tolist()]
+        assert len(rows) == len(set(rows))
+        assert Counter(store.user[store.rows(TRAIN)[rows]].tolist()) == {user: min(n, 4) for user, n in own.items()}
+        assert len(batches) == max(-(-len(rows) // 8), min(4, max(own.values())))
+        seen |= set(rows)
+    assert seen == set(range(len(store.rows(TRAIN))))
+    same = lambda **k: [b.row.tolist() for b in prefix_batches(store, TRAIN, 8, 5, seed=seed, one_per_user=True, **k)]
+    assert same() == same(most_per_user=30)
+    with pytest.raises(ValueError, match="most_per_user must be at least 1, got 0"): same(most_per_user=0)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_position_batches(seed):
     n_targets, max_len, bucketed = np.random.default_rng(seed).integers([1, 1, 0], [61, 46, 2]).tolist()

@@ -218,12 +218,16 @@ def _share_out(order, n_groups):
     return np.array_split(order, n_groups) if n_groups else []
 
 # %% ../../nbs/14_data.sequences.ipynb #deal
-def _deal(order, user, n_groups):
+def _deal(order, user, batch_size, most_per_user=None):
     "Deal rows like cards, user after user, so that no group holds two rows of one user."
     if not len(order): return []
     _, first, code, count = np.unique(user[order], return_index=True, return_inverse=True, return_counts=True)
     order = order[np.argsort(first[code], kind="stable")]  # users in random order, the rows of each together
-    n_groups = max(n_groups, count.max())
+    if most_per_user is not None:
+        count = count[np.argsort(first)]
+        _, place = flat_ranges(np.zeros_like(count), count)  # 0, 1, ... within each user
+        order, count = order[place < most_per_user], np.minimum(count, most_per_user)
+    n_groups = max(-(-len(order) // batch_size), count.max())
     return [order[start::n_groups] for start in range(n_groups)]
 
 # %% ../../nbs/14_data.sequences.ipynb #prefix-batches
@@ -237,18 +241,19 @@ def prefix_batches(
     *,
     bucketed: bool = True,  # put rows of like length together
     one_per_user: bool = False,  # at most one row of a user in a batch; not bucketed then
-) -> Batches:  # each row of the stage exactly once; the order is a pure function of `(seed, epoch)`
+    most_per_user: int | None = None,  # with `one_per_user`: rows of a user an epoch, drawn anew; `None`: all
+) -> Batches:  # each row of the stage once (or its draw); the order is a pure function of `(seed, epoch)`
     "Train on one row per target: `batch.pos_item [B]` follows the history in each row."
-    _check_sizes(batch_size=batch_size, max_len=max_len)
+    _check_sizes(batch_size=batch_size, max_len=max_len, most_per_user=1 if most_per_user is None else most_per_user)
     events = store.rows(stage)
     rng = np.random.default_rng(derive_seed(seed, "prefix", epoch))
-    order, n_batches = rng.permutation(len(events)), -(-len(events) // batch_size)
-    if one_per_user: groups = _deal(order, store.user[events], n_batches)
+    order = rng.permutation(len(events))
+    if one_per_user: groups = _deal(order, store.user[events], batch_size, most_per_user)
     else:
         if bucketed:
             lengths = np.minimum(store.history_length(events), max_len)
             order = order[np.argsort(lengths[order], kind="stable")]
-        groups = _share_out(order, n_batches)
+        groups = _share_out(order, -(-len(events) // batch_size))
     groups = [groups[place] for place in rng.permutation(len(groups))]
     return Batches(groups, partial(_batch_of_events, store, events, max_len))
 
