@@ -1,4 +1,4 @@
-"""Three questions to MP4SR, ten seeds, paired: pre-training, the second stream, mixup; and what the released code's shortcuts cost.
+"""Three questions to MP4SR, ten seeds, paired: pre-training, the lead over SASRec, mixup; and what the released code's shortcuts cost.
 
 Docs: https://mmseqrec.github.io/mmseqrec/pretrain_finetune.html.md"""
 
