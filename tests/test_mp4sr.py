@@ -458,7 +458,7 @@ def unequal_store():
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16, 1000])
 @pytest.mark.parametrize("store", [make_store(40), unequal_store(), ring_store()], ids=["small", "unequal", "ring"])
-def test_a_batch_of_pretraining_has_a_user_once_and_an_epoch_every_target_once(store, batch_size):
+def test_a_batch_of_pretraining_has_a_user_once_and_an_epoch_max_len_targets_of_each(store, batch_size):
     model, epochs = build("content_mp4sr"), []
     events = store.rows(TRAIN)
     for epoch in range(3):
@@ -471,7 +471,8 @@ def test_a_batch_of_pretraining_has_a_user_once_and_an_epoch_every_target_once(s
                 assert history[:length] == store.items[start:events[row]][-model.max_len:].tolist() and not any(history[length:])
             assert batch.pos_item.tolist() == store.items[events[batch.row.numpy()]].tolist()
             found += batch.row.tolist()
-        assert sorted(found) == list(range(len(events)))
+        own, drawn = (np.bincount(store.user[x], minlength=len(store.offsets) - 1) for x in (events, events[found]))
+        assert len(set(found)) == len(found) and np.array_equal(drawn, np.minimum(own, model.max_len))
         epochs.append(found)
     assert epochs[0] != epochs[1] != epochs[2]
 
