@@ -11,7 +11,6 @@ __all__ = ['ModalityEncoder', 'ItemStreams', 'M2SE', 'encode_last']
 import torch
 from torch import Tensor, nn
 
-from ..augment import draw_swaps, swap_streams
 from ..core import check_shape
 from ..data.sequences import Batch, length_chunks
 from ..features.encoders import Catalogue
