@@ -61,10 +61,15 @@ def add_run_data(
     own.add_argument("--interactions", metavar="FILE", help="table of events: CSV, TSV, JSONL or Parquet, also .gz")
     own.add_argument("--items", metavar="FILE", help="table of items")
     own.add_argument("--images", metavar="FOLDER", help="folder of pictures")
+    own.add_argument("--source", metavar="NAME", help="instead of tables: a public data set, such as movielens-1m or "
+                     "amazon-2018:Prime_Pantry, fetched; or benchmark:FOLDER, a published split with features")
     add_columns(own)
     own.add_argument("--text-columns", metavar="NAME", nargs="+",
                      help="columns of text (default: those with usual names)")
     own.add_argument("--image-column", metavar="NAME", help="column of file names (default: search by item id)")
+    own.add_argument("--text-features", metavar="FILE", help=".npy, a row for each line of the table of items: taken "
+                     "instead of encoding texts")
+    own.add_argument("--image-features", metavar="FILE", help="likewise, for pictures")
     own.add_argument("--min-user", metavar="N", type=at_least(int, 1), help="fewest events of a user (default: 5)")
     own.add_argument("--min-item", metavar="N", type=at_least(int, 1), help="fewest events of an item (default: 5)")
     shop = parser.add_argument_group("the marketplace")
@@ -79,9 +84,10 @@ def add_run_training(
 ) -> None:
     "Add the options of `run` that say what to train and how."
     what = parser.add_argument_group("systems and training")
-    what.add_argument("--systems", metavar="NAME", nargs="+", help="names, or all; also ablations, such as "
-                      "mp4sr_no_mixup; popularity and markov always run (default: popularity markov sasrec "
-                      "content_sasrec mp4sr_scratch mp4sr, as far as the data permit)")
+    what.add_argument("--systems", metavar="NAME", nargs="+", help="names, or all: popularity markov sasrec gru4rec "
+                      "bert4rec content_sasrec mp4sr_scratch mp4sr unisrec mmsrec missrec; also variants and "
+                      "ablations, such as missrec_ids or mp4sr_no_mixup; popularity and markov always run (default: "
+                      "popularity markov sasrec content_sasrec mp4sr_scratch mp4sr, as far as the data permit)")
     what.add_argument("--seeds", metavar="N", type=at_least(int, 1), help="train each system N times (default: 1)")
     what.add_argument("--epochs", metavar="N", type=at_least(int, 1), help="epochs at most (default: 40)")
     what.add_argument("--pretrain-epochs", metavar="N", type=at_least(int, 1),
@@ -94,12 +100,20 @@ def add_run_training(
                       help="histories in a step of pre-training, at most one a user (default: 1024)")
     what.add_argument("--lr", metavar="X", type=at_least(float, 1e-12), help="learning rate (default: 0.001)")
     what.add_argument("--hidden-size", metavar="N", type=at_least(int, 1), help="numbers in a vector (default: 64)")
+    what.add_argument("--n-layers", metavar="N", type=at_least(int, 1), help="Transformer blocks (default: 2)")
+    what.add_argument("--n-heads", metavar="N", type=at_least(int, 1), help="heads of a block (default: 2)")
+    what.add_argument("--inner-size", metavar="N", type=at_least(int, 1),
+                      help="width of the feed-forward networks (default: 256)")
+    what.add_argument("--dropout", metavar="X", type=at_least(float, 0),
+                      help="share of numbers dropped in training (default: 0.2)")
     what.add_argument("--max-len", metavar="N", type=at_least(int, 1), help="longest history (default: 50)")
     what.add_argument("--text-encoder", metavar="NAME", help="checkpoint name or folder; shipped is the package's own "
                       "CLIP (default: auto)")
     what.add_argument("--image-encoder", metavar="NAME", help="as --text-encoder, for pictures (default: auto)")
     what.add_argument("--n-keywords", metavar="N", type=at_least(int, 1),
                       help="words that describe a picture (default: 15)")
+    what.add_argument("--word-drop", metavar="X", type=at_least(float, 0), help="share of words left out of the texts "
+                      "that UniSRec and MISSRec are pre-trained with (default: 0.15)")
     what.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"), help="number format (default: auto)")
     what.add_argument("--exclude-seen", action="store_true", help="rank without the items of the history")
     what.add_argument("--umap", action="store_true", help="draw the report's map with UMAP instead of PCA")
@@ -192,6 +206,9 @@ def default_folder(
     config,  # `RunConfig`
 ) -> Path:  # such as `runs/marketplace`
     "Name a folder for a run after its data."
+    if config.source is not None:
+        kind, _, rest = config.source.partition(":")
+        return Path("runs", Path(rest).resolve().name if kind == "benchmark" else config.source.replace(":", "-"))
     if config.interactions is None: return Path("runs", "marketplace" if config.domain == "kitchen" else config.domain)
     path = Path(config.interactions).resolve()
     stem = path.name.partition(".")[0]

@@ -6,7 +6,7 @@ Docs: https://mmseqrec.github.io/mmseqrec/layers.html.md"""
 
 # %% auto #0
 __all__ = ['MultiHeadAttention', 'TransformerBlock', 'SequenceEncoder', 'init_weights', 'Centring', 'ContentAdapter',
-           'check_features', 'ContentEmbedding', 'AttentionPooling', 'MixtureOfExperts']
+           'check_features', 'ContentEmbedding', 'AttentionPooling', 'MixtureOfExperts', 'WhiteningExperts']
 
 # %% ../nbs/30_layers.ipynb #imports
 import torch
@@ -321,3 +321,45 @@ class MixtureOfExperts(nn.Module):
         answers = self.dropout(self.experts(features)).unflatten(1, (self.n_experts, -1))  # [N, G, D]
         answers = F.layer_norm(answers, answers.shape[-1:], eps=1e-12) * self.scale + self.shift
         return torch.einsum("ng,ngd->nd", self.gates(features), answers)
+
+# %% ../nbs/30_layers.ipynb #whitening-experts
+class WhiteningExperts(nn.Module):
+    "Map features to item vectors by experts that subtract a learned centre first, and a noisy gate (UniSRec)."
+    def __init__(
+        self,
+        feature_size: int,  # numbers in a feature
+        hidden_size: int,  # D
+        n_experts: int = 8,  # G
+        dropout: float = 0.2,  # share of a feature's numbers dropped in training, drawn for each expert
+        noisy: bool = True,  # add noise to the gate in training
+    ):
+        super().__init__()
+        self.n_experts = n_experts
+        self.experts = nn.Linear(feature_size, n_experts * hidden_size, bias=False)
+        self.center = nn.Parameter(torch.zeros(n_experts, feature_size))
+        self.gate = nn.Parameter(torch.zeros(feature_size, n_experts))
+        self.gate_noise = nn.Parameter(torch.zeros(feature_size, n_experts)) if noisy else None
+        self.dropout = nn.Dropout(dropout)
+
+    def gates(
+        self,
+        features: Tensor,  # `[N, feature_size]`
+    ) -> Tensor:  # `[N, G]`, rows sum to 1; noisy in training
+        "Say how much each expert counts."
+        logits = features @ self.gate
+        if self.training and self.gate_noise is not None:
+            spread = F.softplus(features @ self.gate_noise) + 0.01
+            logits = logits + torch.randn_like(logits) * spread
+        return logits.softmax(1)
+
+    def forward(
+        self,
+        features: Tensor,  # `[N, feature_size]`
+    ) -> Tensor:  # `[N, D]`
+        "Ask all experts and average their answers."
+        weight = self.experts.weight.unflatten(0, (self.n_experts, -1))  # [G, D, feature_size]
+        if self.training and self.dropout.p > 0:
+            answers = self.dropout(features.expand(self.n_experts, -1, -1)) @ weight.mT  # [G, N, D]
+        else: answers = self.experts(features).unflatten(1, (self.n_experts, -1)).transpose(0, 1)
+        answers = answers - torch.einsum("gdf,gf->gd", weight, self.center)[:, None]
+        return torch.einsum("ng,gnd->nd", self.gates(features), answers)

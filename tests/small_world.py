@@ -6,8 +6,11 @@ from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import SequenceStore
 from mmseqrec.features.encoders import catalogue_from_arrays
-from mmseqrec.models.baselines import ContentSASRec, Markov, Popularity, SASRec
+from mmseqrec.models.baselines import BERT4Rec, ContentSASRec, GRU4Rec, Markov, Popularity, SASRec
+from mmseqrec.models.missrec import MISSRec
+from mmseqrec.models.mmsrec import MMSRec
 from mmseqrec.models.mp4sr import MP4SR, MSM4SR
+from mmseqrec.models.unisrec import UniSRec
 
 TEXT_SIZE, IMAGE_SIZE, V = 6, 5, 12
 NO_IMAGE, NO_TEXT, NOTHING = 3, 4, 5  # rows of `make_catalogue` that lack something
@@ -19,30 +22,62 @@ def in_streams(kind, **options):
     return kind(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, **SIZES | both | options)
 
 
+def with_interests(attention_dropout=None, **options):
+    "Build MISSRec, which has one rate of dropout."
+    return MISSRec(**SIZES | dict(text_size=TEXT_SIZE, image_size=IMAGE_SIZE) | options)
+
+
+def by_texts(**options):
+    "Build UniSRec; `dropout` also sets that of its experts, and without any the gate is quiet, too."
+    both = {"adapter_dropout": options["dropout"], "noisy_gate": options["dropout"] > 0} if "dropout" in options else {}
+    return UniSRec(TEXT_SIZE, **SIZES | both | options)
+
+
+def behind_a_gap(**options):
+    "Build MMSRec; `dropout` also sets that of its encoder's input."
+    both = {"embedding_dropout": options["dropout"]} if "dropout" in options else {}
+    return MMSRec(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, **SIZES | both | options)
+
+
+def step_by_step(attention_dropout=None, **options):
+    "Build GRU4Rec, which has no attention."
+    return GRU4Rec(**{"hidden_size": 16, "state_size": 24, "max_len": 10} | options)
+
+
 # A later system is added here, and every test of the contract asks it too.
 SYSTEMS = {
     "popularity": lambda **options: Popularity(),
     "markov": lambda **options: Markov(),
     "sasrec": lambda **options: SASRec(**SIZES | options),
+    "gru4rec": lambda **options: step_by_step(**options),
+    "bert4rec": lambda **options: BERT4Rec(**SIZES | options),
     "content_text": lambda **options: ContentSASRec(text_size=TEXT_SIZE, **SIZES | options),
     "content_image": lambda **options: ContentSASRec(image_size=IMAGE_SIZE, **SIZES | options),
     "content_both": lambda **options: ContentSASRec(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, **SIZES | options),
+    "unisrec": lambda **options: by_texts(transductive=True, **options),
+    "content_unisrec": lambda **options: by_texts(**options),
     "mp4sr": lambda **options: in_streams(MP4SR, transductive=True, **options),
     "content_mp4sr": lambda **options: in_streams(MP4SR, **options),
     "content_msm4sr": lambda **options: in_streams(MSM4SR, **options),
+    "content_mmsrec": lambda **options: behind_a_gap(**options),
+    "missrec": lambda **options: with_interests(transductive=True, **options),
+    "content_missrec": lambda **options: with_interests(**options),
 }
 COUNTING = ("popularity", "markov")  # have no weights
+WITHOUT_ATTENTION = (*COUNTING, "gru4rec")
+CLOZE = ("bert4rec", "content_mmsrec")  # are asked behind a [MASK], and show its attention as well
 LEARNING = tuple(name for name in SYSTEMS if name not in COUNTING)
 BY_CONTENT = tuple(name for name in LEARNING if name.startswith("content"))  # know items by their features only
 
 
 def make_catalogue(n_items=V, seed=0, name="item", dtype="float32", whole=False):
-    "Two sentences and two pictures an item; unless `whole`, one item lacks pictures, one texts, one both."
+    "Two sentences, whole and with words left out, and two pictures an item; unless `whole`, some lack one or both."
     rng = np.random.default_rng([seed, n_items])
     text, image = rng.standard_normal((n_items, 2, TEXT_SIZE)), rng.standard_normal((n_items, 2, IMAGE_SIZE))
     text[1, 1] = image[0, 1] = 0  # one sentence, one picture only
     if not whole: image[NO_IMAGE - 1], text[NO_TEXT - 1], text[NOTHING - 1], image[NOTHING - 1] = 0, 0, 0, 0
-    return catalogue_from_arrays([f"{name}-{row}" for row in range(1, n_items + 1)], text, image, dtype)
+    dropped = np.where(text == 0, 0, text + rng.standard_normal(text.shape) / 2)
+    return catalogue_from_arrays([f"{name}-{row}" for row in range(1, n_items + 1)], text, image, dtype, dropped)
 
 
 def make_store(n_users=24, n_items=V, seed=0, longest=9, held_out=True):

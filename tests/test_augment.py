@@ -1,8 +1,8 @@
-"Dropping items and swapping streams against loops: what moves, what stays, how often, and where gradients go."
+"Dropping, swapping and hiding against loops: what moves, what stays, how often, and where gradients go."
 import pytest
 import torch
 
-from mmseqrec.augment import draw_item_drop, draw_swaps, drop_items, swap_streams
+from mmseqrec.augment import append_mask, cloze, draw_item_drop, draw_swaps, draw_word_drop, drop_items, swap_streams
 from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TRAIN
 from mmseqrec.data.sequences import Batch, collate, position_batches, prefix_batches
@@ -18,7 +18,7 @@ def histories(): return collate([[10 * b + l + 1 for l in range(n)] for b, n in 
 
 # Drawing
 
-@pytest.mark.parametrize("draw, never", [(draw_item_drop, PAD | FIRST), (draw_swaps, PAD)])
+@pytest.mark.parametrize("draw, never", [(draw_item_drop, PAD | FIRST), (draw_word_drop, PAD), (draw_swaps, PAD)])
 def test_what_may_be_drawn_is_drawn_at_the_rate_and_the_rest_never(draw, never):
     set_seed(0)
     rounds = torch.stack([draw(PAD, .3) for _ in range(2000)])
@@ -29,7 +29,7 @@ def test_what_may_be_drawn_is_drawn_at_the_rate_and_the_rest_never(draw, never):
     assert abs(share.mean() - .3) < .015
 
 
-@pytest.mark.parametrize("draw", [draw_item_drop, draw_swaps])
+@pytest.mark.parametrize("draw", [draw_item_drop, draw_word_drop, draw_swaps])
 def test_places_are_drawn_independently(draw):
     "The number of drawn places among 400 varies as it does for independent coins."
     set_seed(1)
@@ -38,13 +38,13 @@ def test_places_are_drawn_independently(draw):
     assert counts.var().item() == pytest.approx(400 * .3 * .7, rel=.25)
 
 
-@pytest.mark.parametrize("draw, never", [(draw_item_drop, PAD | FIRST), (draw_swaps, PAD)])
+@pytest.mark.parametrize("draw, never", [(draw_item_drop, PAD | FIRST), (draw_word_drop, PAD), (draw_swaps, PAD)])
 def test_rates_zero_and_one(draw, never):
     for zero in (0, 0.0, torch.tensor(0.0)): assert not draw(PAD, zero).any()
     for one in (1, 1.0, torch.tensor(1.0)): assert torch.equal(draw(PAD, one), ~never)
 
 
-@pytest.mark.parametrize("draw", [draw_item_drop, draw_swaps])
+@pytest.mark.parametrize("draw", [draw_item_drop, draw_word_drop, draw_swaps])
 def test_a_seed_repeats_the_draw_and_the_mask_stays_as_it_was(draw):
     before, drawn = PAD.clone(), []
     for seed in (3, 3, 4):
@@ -174,3 +174,92 @@ def test_swap_streams_refuses_other_shapes():
     with pytest.raises(ValueError, match="4 axes"): swap_streams(x[:, :, 0], nothing)
     with pytest.raises(ValueError, match=r"\(L\).*must be 6, got 5"): swap_streams(x, nothing[:, :5])
     with pytest.raises(ValueError, match=r"\(B\).*must be 4, got 1"): swap_streams(x, nothing[:1])
+
+
+# Hiding
+
+def test_append_mask_equals_a_loop():
+    batch = histories()
+    batch.pos_item, batch.user = torch.tensor([1, 2, 3, 4]), torch.tensor([9, 8, 7, 6])
+    before = batch.item_seq.clone()
+    asked = append_mask(batch, 99)
+    expected = collate([[*row, 99] for row in slow_drop(batch, torch.zeros(4, 6, dtype=torch.bool))], 10)
+    assert torch.equal(asked.item_seq, expected.item_seq) and torch.equal(asked.item_seq_len, expected.item_seq_len)
+    assert asked.positions is None and asked.item_seq.flatten()[asked.query_index()].tolist() == [99] * 4
+    assert torch.equal(asked.pos_item, batch.pos_item) and torch.equal(asked.user, batch.user)
+    assert torch.equal(batch.item_seq, before) and batch.item_seq_len.tolist() == list(LENGTHS)
+
+
+def test_append_mask_to_windows_asks_once_a_row_and_forgets_their_targets():
+    windows = next(iter(position_batches(make_store(), n_targets=16, max_len=6)))
+    asked = append_mask(windows, 99)
+    assert asked.positions is None and asked.pos_item is None and asked.n_targets == len(windows)
+
+
+def rows_of_seven(n_rows=3000, n_items=40):
+    "Histories of one to six items, and their next items, from a shop of `n_items`."
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.arange(n_rows) % 6 + 1
+    items = torch.randint(1, n_items + 1, (n_rows, 6), generator=generator)
+    items[torch.arange(6) >= lengths[:, None]] = 0
+    return Batch(items, lengths, pos_item=torch.randint(1, n_items + 1, (n_rows,), generator=generator))
+
+
+@pytest.mark.parametrize("rate", [0., .25, 1.])
+def test_cloze_row_by_row(rate):
+    "Every chosen place is asked for its true item; places that are not chosen show theirs; the next item never shows."
+    batch, N = rows_of_seven(), 40
+    before = batch.item_seq.clone()
+    set_seed(0)
+    hidden = cloze(batch, N, rate)
+    assert torch.equal(batch.item_seq, before) and batch.positions is None
+    assert hidden.item_seq.shape == (3000, 7) and hidden.item_seq_len.tolist() == (batch.item_seq_len + 1).tolist()
+    asked = dict(zip(hidden.positions.tolist(), hidden.pos_item.tolist()))
+    assert len(asked) == len(hidden.positions) == hidden.n_targets and sorted(asked) == hidden.positions.tolist()
+    seen = {"mask": 0, "own": 0, "chosen": 0, "places": 0}
+    for b, (shown, n) in enumerate(zip(hidden.item_seq.tolist(), batch.item_seq_len.tolist())):
+        truth = [*batch.item_seq[b, :n].tolist(), int(batch.pos_item[b])]
+        assert shown[n + 1:] == [0] * (6 - n) and not any(b * 7 + l in asked for l in range(n + 1, 7))
+        assert shown[n] == N + 1 and asked[b * 7 + n] == truth[n]
+        for l in range(n):
+            seen["places"] += 1
+            if b * 7 + l not in asked:
+                assert shown[l] == truth[l]
+                continue
+            assert asked[b * 7 + l] == truth[l] and 1 <= shown[l] <= N + 1
+            seen["chosen"] += 1
+            seen["mask"] += shown[l] == N + 1
+            seen["own"] += shown[l] == truth[l]
+    assert seen["chosen"] / seen["places"] == pytest.approx(rate, abs=.02)
+    if rate:
+        assert seen["mask"] / seen["chosen"] == pytest.approx(.8, abs=.03)
+        assert seen["own"] / seen["chosen"] == pytest.approx(.1 + .1 / N, abs=.02)
+
+
+def test_cloze_may_show_any_item_and_draws_each_place_for_itself():
+    batch, N = rows_of_seven(8000, n_items=5), 5
+    set_seed(1)
+    hidden = cloze(batch, N, 1.)
+    others = hidden.item_seq[(hidden.item_seq > 0) & (hidden.item_seq <= N)]
+    assert others.unique().tolist() == [1, 2, 3, 4, 5]
+    first, second = (cloze(batch, N, .5).positions for _ in range(2))
+    assert not torch.equal(first, second)
+    set_seed(1)
+    again = cloze(batch, N, 1.)
+    assert torch.equal(again.item_seq, hidden.item_seq) and torch.equal(again.positions, hidden.positions)
+    six = cloze(Batch(torch.ones(4000, 6, dtype=torch.long), torch.full((4000,), 6), torch.ones(4000, dtype=torch.long)), N, .5)
+    counts = (six.positions // 7).bincount(minlength=4000).float() - 1  # chosen places of each history
+    assert counts.mean().item() == pytest.approx(3, abs=.1) and counts.var().item() == pytest.approx(1.5, abs=.15)
+
+
+def test_cloze_at_rate_zero_asks_what_a_recommendation_asks():
+    batch = rows_of_seven(50)
+    only_last, asked = cloze(batch, 40, 0), append_mask(batch, 41)
+    assert torch.equal(only_last.item_seq, asked.item_seq) and torch.equal(only_last.positions, asked.query_index())
+    assert torch.equal(only_last.pos_item, batch.pos_item)
+
+
+def test_cloze_needs_one_next_item_a_row():
+    windows = next(iter(position_batches(make_store(), n_targets=16, max_len=6)))
+    with pytest.raises(ValueError, match="one next item each.*would be in sight"): cloze(windows, 12)
+    with pytest.raises(ValueError, match="one next item each"): cloze(histories(), 99)

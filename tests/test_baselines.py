@@ -1,4 +1,4 @@
-"Popularity and Markov against dictionaries; SASRec and its content twin put together by hand."
+"Popularity and Markov against dictionaries; GRU4Rec, SASRec, its content twin and BERT4Rec put together by hand."
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mmseqrec.augment import cloze
+from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TEST, TRAIN
-from mmseqrec.data.sequences import SequenceStore, collate
+from mmseqrec.data.sequences import SequenceStore, collate, position_batches, prefix_batches
 from mmseqrec.evaluation import evaluate
-from mmseqrec.models.baselines import ContentSASRec, Markov, Popularity, transition_counts
+from mmseqrec.models.baselines import (BERT4Rec, CausalRecommender, ContentSASRec, GRU4Rec, GRUEncoder, LearnedItems,
+                                       Markov, Popularity, SASRec, transition_counts)
 from mmseqrec.training import fit
 from small_world import IMAGE_SIZE, NOTHING, SIZES, TEXT_SIZE, V, build, make_catalogue, make_store, weights
 
@@ -145,7 +148,7 @@ def by_hand(model, histories):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("name", ["sasrec", "content_text", "content_image", "content_both"])
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "content_text", "content_image", "content_both"])
 def test_scores_are_what_the_parts_say(name):
     model, histories = build(name).double(), [[1, 2, 3], [7], [4, NOTHING, 6, 6, 1], [NOTHING]]
     torch.testing.assert_close(scores(model, histories), by_hand(model, histories), **CLOSE)
@@ -167,21 +170,25 @@ def test_parameters_by_hand():
     encoder = L * D + 2 * D + 2 * block
     count = lambda model: sum(p.numel() for p in model.parameters())
     assert count(build("sasrec")) == (V + 1) * D + encoder
+    assert count(build("bert4rec")) == (V + 1) * D + D + encoder + D  # the vector of [MASK], and its position
+    assert count(build("gru4rec")) == (V + 1) * D + 3 * 24 * (D + 24) + 24 * D + D
     assert count(build("content_text")) == TEXT_SIZE * D + 3 * D + encoder
     assert count(build("content_both")) == (TEXT_SIZE + IMAGE_SIZE) * D + 6 * D + encoder
     assert count(build("popularity")) == count(build("markov")) == 0
 
 
-def test_first_loss_is_log_v():
-    "Small initial weights know nothing: the first loss of SASRec is that of guessing."
-    model = build("sasrec", dropout=0., attention_dropout=0.)
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "bert4rec"])
+def test_first_loss_is_log_v(name):
+    "Small initial weights know nothing: the first loss is that of guessing."
+    model = build(name, dropout=0., attention_dropout=0.)
     batch = collate([[1, 2], [3]], 10)
     batch.pos_item = torch.tensor([4, 5])
     assert model.finetune_loss(batch)["loss"].item() == pytest.approx(np.log(V), abs=.2)
 
 
-def test_padding_is_never_a_candidate_and_never_learns():
-    model = build("sasrec").train()
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "bert4rec"])
+def test_padding_is_never_a_candidate_and_never_learns(name):
+    model = build(name).train()
     batch = collate([[1, 2, 3], [4]], 10)
     batch.pos_item = torch.tensor([5, 6])
     model.finetune_loss(batch)["loss"].backward()
@@ -190,6 +197,112 @@ def test_padding_is_never_a_candidate_and_never_learns():
     expected = scores(model, [[1, 2]])
     with torch.no_grad(): model.item_emb.weight[0] = 1e3
     torch.testing.assert_close(scores(model, [[1, 2], [1, 2, 3]])[:1], expected)
+
+
+# GRU4Rec
+
+def slow_gru(encoder, x):
+    "One history, one number at a time."
+    w, u = (getattr(encoder.gru, f"weight_{kind}_l0").detach().numpy() for kind in ("ih", "hh"))
+    H = u.shape[1]
+    sigmoid, h, out = lambda a: 1 / (1 + np.exp(-a)), np.zeros(H), []
+    for vector in x.detach().numpy():
+        new = np.zeros(H)
+        for k in range(H):
+            reset = sigmoid(w[k] @ vector + u[k] @ h)
+            keep = sigmoid(w[H + k] @ vector + u[H + k] @ h)
+            new[k] = (1 - keep) * np.tanh(w[2 * H + k] @ vector + reset * (u[2 * H + k] @ h)) + keep * h[k]
+        h = new
+        out.append(encoder.output.weight.detach().numpy() @ h + encoder.output.bias.detach().numpy())
+    return np.stack(out)
+
+
+def test_gru_encoder_equals_the_equations():
+    set_seed(0)
+    encoder = GRUEncoder(hidden_size=4, state_size=7).double().eval()
+    x, item_pad_mask = torch.randn(3, 5, 4, dtype=torch.float64), torch.arange(5) >= torch.tensor([5, 2, 1])[:, None]
+    y = encoder(x, item_pad_mask)
+    for b, n in enumerate((5, 2, 1)): np.testing.assert_allclose(y[b, :n].detach(), slow_gru(encoder, x[b, :n]), rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match=r"\(L\).*must be 5, got 4"): encoder(x, item_pad_mask[:, :4])
+
+
+def test_gru_drops_what_it_reads_in_training_only():
+    x, item_pad_mask = torch.ones(1, 4, 4), torch.zeros(1, 4, dtype=torch.bool)
+    encoder = GRUEncoder(4, dropout=.5)
+    assert torch.equal(encoder.eval()(x, item_pad_mask), encoder(x, item_pad_mask))
+    assert not torch.equal(encoder.train()(x, item_pad_mask), encoder(x, item_pad_mask))
+    assert sum(p.numel() for p in GRUEncoder(4, 6, n_gru_layers=2).parameters()) == 18 * 10 + 18 * 12 + 6 * 4 + 4
+
+
+def test_item_vectors_of_gru4rec_start_larger():
+    for model in (GRU4Rec(2000), GRU4Rec().set_catalogue(make_catalogue(2000))):
+        assert model.item_emb.weight[1:].std().item() == pytest.approx(.1, rel=.03) and not model.item_emb.weight[0].any()
+    assert SASRec().set_catalogue(make_catalogue(2000)).item_emb.weight[1:].std().item() == pytest.approx(.02, rel=.03)
+
+
+def test_what_systems_share():
+    for kind in (GRU4Rec, SASRec, BERT4Rec): assert issubclass(kind, LearnedItems)
+    for kind in (GRU4Rec, SASRec, ContentSASRec): assert issubclass(kind, CausalRecommender) and kind.causal
+    assert not BERT4Rec.causal
+    with pytest.raises(NotImplementedError, match="where its item vectors come from"): CausalRecommender().item_vectors(None)
+
+
+# BERT4Rec
+
+def filled_by_hand(model, history):
+    "Put a [MASK] behind one history and compare what the encoder makes of it with every item."
+    x = torch.stack([*(model.item_emb.weight[i] for i in history), model.mask_emb.weight[0]])[None]
+    u = model.encoder(x, torch.zeros(1, len(history) + 1, dtype=torch.bool))[0, -1]
+    return torch.stack([u @ model.item_emb.weight[i] for i in range(1, V + 1)])
+
+
+def test_bert4rec_fills_the_gap_at_the_end():
+    model, histories = build("bert4rec").double(), [[1, 2, 3], [7], [4, 5, 6, 6, 1], list(range(1, 11))]
+    expected = torch.stack([filled_by_hand(model, h) for h in histories])
+    torch.testing.assert_close(scores(model, histories), expected, **CLOSE)
+
+
+def test_bert4rec_reads_a_position_as_a_history_of_its_own():
+    model = build("bert4rec").double()
+    batch = collate([[1, 2, 3, 9], [7], [4, 5, 6]], 10)
+    asked = torch.tensor([2, 0, 4, 9, 10])
+    found = model.score(model.encode_sequence(batch, asked), model.encode_items())
+    torch.testing.assert_close(found, scores(model, [[1, 2, 3], [1], [7], [4, 5], [4, 5, 6]]), **CLOSE)
+    late = collate([[1, 2, 3, 8], [7], [4, 5, 6]], 10)
+    assert torch.equal(model.encode_sequence(late, asked[:2]), model.encode_sequence(batch, asked[:2]))
+
+
+def test_bert4rec_looks_both_ways():
+    model = build("bert4rec").double()
+    weights = model.attention(collate([[1, 2, 3]], 10))
+    assert len(weights) == 2 and all(layer.shape == (1, 2, 4, 4) and (layer > 0).all() for layer in weights)
+
+
+@pytest.mark.parametrize("rate", [0., .2, .7])
+def test_loss_of_bert4rec_place_by_place(rate):
+    "The hidden places of a seeded draw, each encoded and scored on its own."
+    model = build("bert4rec", dropout=0., attention_dropout=0., cloze_rate=rate).double()
+    batch = prefix_batches(make_store(), TRAIN, 16, 10)[0]
+    set_seed(3)
+    rows, total = cloze(batch, V, rate), 0.
+    vectors = torch.cat([model.item_emb.weight, model.mask_emb.weight])
+    for place, target in zip(rows.positions.tolist(), rows.pos_item.tolist()):
+        b, column = divmod(place, rows.item_seq.shape[1])
+        history = rows.item_seq[b, :rows.item_seq_len[b]]
+        u = model.encoder(vectors[history][None], torch.zeros(1, len(history), dtype=torch.bool))[0, column]
+        logits = model.item_emb.weight[1:] @ u
+        total += torch.logsumexp(logits, 0) - logits[target - 1]
+    set_seed(3)
+    found = model.train().finetune_loss(batch)["loss"]
+    torch.testing.assert_close(found, total / len(rows.positions), rtol=0, atol=1e-9)
+    assert len(rows.positions) > len(batch) or rate == 0
+    only_last = [model.eval().finetune_loss(batch)["loss"] for _ in range(2)]
+    assert torch.equal(*only_last) and torch.equal(only_last[0], found) == (rate == 0)
+
+
+def test_windows_would_show_bert4rec_the_answers():
+    model = build("bert4rec")
+    with pytest.raises(ValueError, match="would be in sight"): model.finetune_loss(position_batches(make_store(), 16, 10)[0])
 
 
 def test_missing_content_of_a_used_modality_is_refused():
@@ -204,13 +317,13 @@ def test_missing_content_of_a_used_modality_is_refused():
 
 
 def test_learning_beats_counting_where_order_decides():
-    "What follows item 1 depends on what came before it: Markov cannot know, SASRec can. Half of the users are new."
+    "What follows item 1 depends on what came before it: Markov cannot know, the others can. Half of the users are new."
     start = np.random.default_rng(0).integers(2, 7, 80)
     items = np.stack([start, np.ones(80, int), start + 5], 1).astype(np.int32)
     stage = np.repeat([[TRAIN, TRAIN, TRAIN], [TRAIN, TRAIN, TEST]], 40, axis=0).astype(np.int8)
     store, found = SequenceStore(items.ravel(), np.arange(0, 241, 3), stage.ravel(), V), {}
-    for name in ("markov", "sasrec"):
+    for name in ("markov", "sasrec", "gru4rec", "bert4rec"):
         model = build(name, make_catalogue(whole=True), counted=False, dropout=0., attention_dropout=0.)
         fit(model, store, epochs=110, batch_size=64, lr=.006, device="cpu", progress=False)
         found[name] = evaluate(model, store).metrics(ks=(1,))["recall@1"]
-    assert found["markov"] < .5 and found["sasrec"] > .95
+    assert found.pop("markov") < .5 and min(found.values()) > .95, found

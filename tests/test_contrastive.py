@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmseqrec.contrastive import cross_modality_loss, next_item_loss
+from mmseqrec.contrastive import (cross_modality_loss, modality_combination_loss, next_item_loss, sequence_item_loss,
+                                  sequence_sequence_loss, symmetric_nce)
 from mmseqrec.losses import same_target_mask
 
 CLOSE = dict(rtol=0, atol=1e-9)
@@ -25,6 +26,76 @@ def false_negatives(items): return same_target_mask(torch.tensor(items))
 
 
 def e(a, b, tau=TAU): return math.exp(sum(x * y for x, y in zip(a.tolist(), b.tolist())) / tau)
+
+
+# A history and its next item, a history and its disturbed self
+
+ways = pytest.mark.parametrize("way", ["removed", "one", "kept"])  # what becomes of rows with the same next item
+
+
+def options(way): return {"keep_false_negatives": way == "kept", "legacy_false_negatives": way == "one"}
+
+
+def slow_sequence_item(scores, items, way, tau=TAU):
+    "Row by row: same-target rows are removed, kept, or leave an exponential of zero behind."
+    total = 0.0
+    for b in range(len(items)):
+        below = 0.0
+        for c in range(len(items)):
+            if c == b or items[c] != items[b] or way == "kept": below += math.exp(scores[b][c] / tau)
+            elif way == "one": below += math.exp(0.0)
+        total -= math.log(math.exp(scores[b][b] / tau) / below)
+    return total / len(items)
+
+
+def random_scores(seed=3): return 2 * torch.rand(B, B, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+
+
+@each_target
+@ways
+def test_sequence_item_loss_equals_the_formula(way, items):
+    scores, pos_item = random_scores(), torch.tensor(items)
+    loss = sequence_item_loss(scores, pos_item, TAU, **options(way))
+    assert loss.ndim == 0 and loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(slow_sequence_item(scores.tolist(), items, way), abs=1e-9)
+    default = sequence_item_loss(scores, pos_item).item()
+    assert default == pytest.approx(slow_sequence_item(scores.tolist(), items, "removed", .07), abs=1e-9)
+    assert torch.autograd.gradcheck(lambda x: sequence_item_loss(x, pos_item, TAU, **options(way)), (scores.requires_grad_(),))
+
+
+def test_the_history_asks_and_the_items_answer():
+    "Rows are histories: a column whose item everybody likes costs every other row, and not its own."
+    scores = torch.zeros(B, B, dtype=torch.float64)
+    scores[:, 2] = 5
+    expected = slow_sequence_item(scores.tolist(), DISTINCT, "removed", 1.)
+    assert sequence_item_loss(scores, torch.tensor(DISTINCT), 1.).item() == pytest.approx(expected, abs=1e-9)
+    assert abs(sequence_item_loss(scores.T, torch.tensor(DISTINCT), 1.).item() - expected) > .1
+
+
+def slow_cosine(x, y):
+    dot = lambda a, b: sum(u * v for u, v in zip(a.tolist(), b.tolist()))
+    return dot(x, y) / math.sqrt(dot(x, x) * dot(y, y))
+
+
+@each_target
+@ways
+def test_sequence_sequence_loss_equals_the_formula(way, items):
+    own, other = 3 * unit(B, D), unit(B, D, seed=1) * torch.arange(1, B + 1)[:, None]  # lengths do not matter
+    cosines = [[slow_cosine(x, y) for y in other] for x in own]
+    loss = sequence_sequence_loss(own, other, torch.tensor(items), TAU, **options(way))
+    assert loss.item() == pytest.approx(slow_sequence_item(cosines, items, way), abs=1e-9)
+    default = sequence_sequence_loss(own, other, torch.tensor(items)).item()
+    assert default == pytest.approx(slow_sequence_item(cosines, items, "removed", .07), abs=1e-9)
+    own.requires_grad_(), other.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: sequence_sequence_loss(a, b, torch.tensor(items), TAU, **options(way)), (own, other))
+
+
+@ways
+def test_false_negatives_get_no_gradient_unless_kept(way):
+    scores = random_scores().requires_grad_()
+    sequence_item_loss(scores, torch.tensor(REPEATED), TAU, **options(way)).backward()
+    same = false_negatives(REPEATED)
+    assert scores.grad[~same].abs().min() > 1e-9 and bool(scores.grad[same].any()) == (way == "kept")
 
 
 # Next item prediction
@@ -285,7 +356,106 @@ def test_cross_modality_of_nothing_known_and_of_agreement():
     assert cross_modality_loss(corners, corners, false_negatives(DISTINCT), TAU).item() == pytest.approx(expected, abs=1e-9)
 
 
-# Both
+# One item, seen in several ways
+
+def slow_nce(a, b, tau):
+    "Both directions, pair by pair."
+    n, total = len(a), 0.0
+    for x, y in ((a, b), (b, a)):
+        for i in range(n):
+            terms = [math.exp(slow_cosine(x[i], y[j]) / tau) for j in range(n)]
+            total -= math.log(terms[i] / sum(terms)) / n
+    return total
+
+
+def passes(n=6, seed=0):
+    return torch.randn(3, 2, n, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tau", [.05, TAU, 1.])
+def test_symmetric_nce_equals_the_formula(tau):
+    a, b = passes()[0]
+    loss = symmetric_nce(a, b, tau)
+    assert loss.ndim == 0 and loss.item() == pytest.approx(slow_nce(a, b, tau), abs=1e-9)
+    if tau == .05: assert symmetric_nce(a, b).item() == loss.item()
+    torch.testing.assert_close(symmetric_nce(b, a, tau), loss, **CLOSE)
+    torch.testing.assert_close(symmetric_nce(5 * a, b / 3, tau), loss, **CLOSE)
+    torch.testing.assert_close(symmetric_nce(a.flip(0), b.flip(0), tau), loss, **CLOSE)
+    assert torch.autograd.gradcheck(lambda a, b: symmetric_nce(a, b, TAU), (a.requires_grad_(), b.requires_grad_()))
+
+
+def test_symmetric_nce_of_one_item_and_of_none():
+    a = passes()[0].requires_grad_()
+    assert symmetric_nce(a[0, :1], a[1, :1]).item() == pytest.approx(0, abs=1e-12)
+    nothing = symmetric_nce(a[0, :0], a[1, :0])
+    nothing.backward()
+    assert nothing.item() == 0 and not a.grad.any()
+
+
+LACKING = {"nobody": [], "some": [(0, 1), (3, 1), (5, 0)], "one_has_nothing": [(2, 0), (2, 1), (4, 1)],
+           "no_pictures": [(i, 1) for i in range(6)], "nothing_in_common": [(i, i % 2) for i in range(6)]}
+
+
+def lacks(which):
+    missing_modality_mask = torch.zeros(6, 2, dtype=torch.bool)
+    for place in LACKING[which]: missing_modality_mask[place] = True
+    return missing_modality_mask
+
+
+@pytest.mark.parametrize("which", LACKING)
+def test_modality_combinations_equal_the_formula(which):
+    (v, t, vt), missing = passes(), lacks(which)
+    terms = modality_combination_loss(v, t, vt, missing, TAU)
+    has = [(not missing[i, 0], not missing[i, 1]) for i in range(6)]  # text, picture
+    rows = {"image_image": [i for i in range(6) if has[i][1]], "text_text": [i for i in range(6) if has[i][0]],
+            "image_text": [i for i in range(6) if all(has[i])], "both_both": [i for i in range(6) if any(has[i])]}
+    pairs = {"image_image": (v[0], v[1]), "image_text": (v[0], t[0]), "text_text": (t[0], t[1]), "both_both": (vt[0], vt[1])}
+    assert set(terms) == {"loss", *pairs}
+    for name, (a, b) in pairs.items():
+        expected = slow_nce(a[rows[name]], b[rows[name]], TAU) if rows[name] else 0
+        assert terms[name].item() == pytest.approx(expected, abs=1e-9), name
+    assert terms["loss"].item() == pytest.approx(sum(terms[name].item() for name in pairs) / 4, abs=1e-9)
+    default = modality_combination_loss(v, t, vt, missing)["text_text"].item()
+    assert default == pytest.approx(slow_nce(t[0][rows["text_text"]], t[1][rows["text_text"]], .05), abs=1e-9)
+
+
+@pytest.mark.parametrize("which", LACKING)
+def test_what_is_missing_is_not_looked_at(which):
+    x, missing = passes(), lacks(which)
+    expected = modality_combination_loss(*x, missing)
+    x[0, :, missing[:, 1]] = x[1, :, missing[:, 0]] = x[2, :, missing.all(1)] = torch.nan
+    x.requires_grad_()
+    found = modality_combination_loss(*x, missing)
+    for name, term in expected.items(): torch.testing.assert_close(found[name], term, **CLOSE)
+    found["loss"].backward()
+    assert x.grad.isfinite().all()
+    assert not x.grad[0, :, missing[:, 1]].any() and not x.grad[1, :, missing[:, 0]].any()
+    assert (x.grad[2][:, ~missing.all(1)].abs().sum(-1) > 0).all()
+
+
+def test_gradients_of_modality_combinations_equal_finite_differences():
+    loss = lambda v, t, vt: modality_combination_loss(v, t, vt, lacks("some"), TAU)["loss"]
+    assert torch.autograd.gradcheck(loss, tuple(x.clone().requires_grad_() for x in passes()))
+
+
+# All
+
+@each_target
+@ways
+def test_the_order_of_histories_does_not_matter(way, items):
+    order, scores, pos_item = torch.tensor([3, 0, 4, 1, 2]), random_scores(), torch.tensor(items)
+    torch.testing.assert_close(sequence_item_loss(scores[order][:, order], pos_item[order], TAU, **options(way)),
+                               sequence_item_loss(scores, pos_item, TAU, **options(way)), **CLOSE)
+
+
+def test_sixteen_bits_are_summed_in_thirty_two():
+    a, b = passes(64)[0].bfloat16()
+    pos_item = torch.arange(64)
+    for loss in (symmetric_nce(a, b), sequence_sequence_loss(a, b, pos_item)):
+        assert loss.dtype == torch.float32 and loss.isfinite()
+    exact = sequence_sequence_loss(a.double(), b.double(), pos_item).item()
+    assert sequence_sequence_loss(a, b, pos_item).item() == pytest.approx(exact, rel=.03)
+
 
 @each_legacy
 @each_target
@@ -308,7 +478,10 @@ def test_a_temperature_that_overflows_exponentials_does_no_harm(sign, legacy):
     "In 32 bits the exponential of 100 is infinite."
     h = F.normalize(torch.randn(B, D, generator=torch.Generator().manual_seed(0)), dim=-1).requires_grad_()
     other, same = (sign * h).detach(), false_negatives(REPEATED)
-    for loss in (next_item_loss(h[:, None], other, same, .01, None, legacy), cross_modality_loss(h, other, same, .01, legacy)):
+    pos_item = torch.tensor(REPEATED)
+    for loss in (next_item_loss(h[:, None], other, same, .01, None, legacy), cross_modality_loss(h, other, same, .01, legacy),
+                 sequence_item_loss(h @ other.T, pos_item, .01, False, legacy), symmetric_nce(h, other, .01),
+                 sequence_sequence_loss(h, other, pos_item, .01, False, legacy)):
         h.grad = None
         loss.backward(retain_graph=True)
         assert loss.isfinite() and h.grad.isfinite().all()
@@ -323,3 +496,11 @@ def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"\(D\).*must be 4, got 3"): cross_modality_loss(targets, targets[:, :3], same)
     with pytest.raises(ValueError, match=r"\(B\).*must be 5, got 4"): cross_modality_loss(targets, targets[:4], same)
     with pytest.raises(ValueError, match=r"\(B\).*must be 5, got 4"): cross_modality_loss(targets, targets, same[:4])
+    scores, pos_item, (v, t, vt) = random_scores(), torch.tensor(REPEATED), passes()
+    with pytest.raises(ValueError, match=r"\(B\).*must be 5, got 4"): sequence_item_loss(scores, pos_item[:4])
+    with pytest.raises(ValueError, match=r"\(B\).*must be 5, got 4"): sequence_item_loss(scores[:, :4], pos_item)
+    with pytest.raises(ValueError, match=r"\(D\).*must be 4, got 3"): sequence_sequence_loss(targets, targets[:, :3], pos_item)
+    with pytest.raises(ValueError, match=r"\(N\).*must be 6, got 5"): symmetric_nce(v[0], v[1, :5])
+    with pytest.raises(ValueError, match=r"\(P\).*must be 2, got 1"): modality_combination_loss(v, t, vt[:1], lacks("some"))
+    with pytest.raises(ValueError, match=r"\(N\).*must be 6, got 5"): modality_combination_loss(v[:, :5], t, vt, lacks("some"))
+    with pytest.raises(ValueError, match=r"\(M\).*must be 2, got 1"): modality_combination_loss(v, t, vt, lacks("some")[:, :1])

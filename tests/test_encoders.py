@@ -17,9 +17,9 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPConfig, C
 
 from mmseqrec.data.items import ItemTable
 from mmseqrec.features.clip import IMAGE_SETTINGS, open_picture, preprocess_images, quiet_transformers, train_tokenizer
-from mmseqrec.features.encoders import (Catalogue, TextEncoder, build_catalogue, catalogue_from_arrays, encode_table,
-                                        load_image_encoder, load_text_encoder, mean_pooling, nearest_items, plan_chunks,
-                                        plot_coverage, resolve_encoders)
+from mmseqrec.features.encoders import (Catalogue, TextEncoder, build_catalogue, catalogue_from_arrays, drop_words,
+                                        encode_table, load_image_encoder, load_text_encoder, mean_pooling, nearest_items,
+                                        plan_chunks, plot_coverage, resolve_encoders)
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
 SENTENCES = [f"a {size} {color} {thing}, number {number}" for size in ("small", "big") for color in ("red", "blue", "green")
@@ -391,6 +391,76 @@ def test_take_align_save_load(shop, texts, pictures, tmp_path):
     with pytest.raises(ValueError, match="of different catalogues"): Catalogue.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="save the catalogue again"): Catalogue.load(tmp_path / "nowhere")
     plot_coverage(catalogue)
+
+
+def test_words_are_dropped_as_asked():
+    text = "one two  three\nfour five six seven eight"
+    assert drop_words(text, 0) == "one two three four five six seven eight" and drop_words("  ", .5) == ""
+    for rate in (.5, 1.):
+        for seed in range(50):
+            left = drop_words(text, rate, seed).split()
+            assert left and left == [word for word in text.split() if word in left]
+    assert drop_words(text, .5) == drop_words(" ".join(text.split()), .5), "white space is no word"
+    assert len({drop_words(text, .5, seed) for seed in range(20)}) > 10 and drop_words("mug", 1.) == "mug"
+    long = [" ".join(f"w{n}-{k}" for k in range(100)) for n in range(100)]
+    kept = sum(len(drop_words(sentence, .15).split()) for sentence in long)
+    assert abs(kept - 8500) < 150
+    assert len({drop_words(text, 1., seed) for seed in range(200)}) == 8, "any word may be the one that stays"
+    for rate in (-.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="between 0 and 1"): drop_words(text, rate)
+
+
+def test_words_left_out_of_a_catalogue(shop, texts, pictures, tmp_path):
+    plain = build_catalogue(shop, texts, pictures, tmp_path / "cache", progress=False)
+    files = {path.name for path in (tmp_path / "cache").iterdir()}
+    catalogue = build_catalogue(shop, texts, pictures, tmp_path / "cache", word_drop=.5, progress=False)
+    assert plain.dropped_text_emb is None and files < {path.name for path in (tmp_path / "cache").iterdir()}
+    for name in ("text_emb", "text_pad_mask", "image_emb", "image_pad_mask"):
+        assert torch.equal(getattr(plain, name), getattr(catalogue, name)), name
+    assert catalogue.report == plain.report and catalogue.dropped_text_emb.shape == catalogue.text_emb.shape
+    assert not catalogue.dropped_text_emb[catalogue.text_pad_mask].any()
+    words = [drop_words("a red mug", .5), drop_words("a big red mug", .5)]
+    assert words != ["a red mug", "a big red mug"]
+    np.testing.assert_allclose(catalogue.dropped_text_emb[1], texts.encode(words), atol=1e-5)
+    np.testing.assert_allclose(catalogue.mean_dropped_text()[1], texts.encode(words).mean(0), atol=1e-5)
+    assert not catalogue.mean_dropped_text()[3].any()
+    assert catalogue.encoders["text"].pop("word_drop") == .5 and catalogue.encoders == plain.encoders
+    again = build_catalogue(shop, texts, None, max_texts=1, dtype="float16", word_drop=.5, progress=False)  # in no cache
+    assert again.dropped_text_emb.shape == (6, 1, texts.size) and again.dropped_text_emb.dtype == torch.float16
+    with pytest.raises(ValueError, match=r"build_catalogue\(..., word_drop=0.15\)"): plain.mean_dropped_text()
+    with pytest.raises(ValueError, match="word_drop needs texts"): build_catalogue(shop, None, pictures, word_drop=.1)
+    with pytest.raises(ValueError, match="between 0 and 1"): build_catalogue(shop, texts, None, word_drop=1.5, progress=False)
+
+
+def test_words_left_out_are_taken_aligned_and_saved(tmp_path):
+    rng = np.random.default_rng(0)
+    text, shorter = rng.normal(size=(2, 4, 2, 6)).astype(np.float32)
+    text[1, 1] = shorter[1, 1] = text[2] = shorter[2] = 0
+    catalogue = catalogue_from_arrays(list("abcd"), text, dropped_text_emb=shorter)
+    assert torch.equal(catalogue.dropped_text_emb[1:], torch.from_numpy(shorter)) and not catalogue.dropped_text_emb[0].any()
+    np.testing.assert_allclose(catalogue.mean_dropped_text()[1:3], [shorter[0].mean(0), shorter[1, 0]], atol=1e-6)
+    aligned = catalogue.align(["d", "zz", "a"])
+    assert torch.equal(aligned.dropped_text_emb[[1, 3]], catalogue.dropped_text_emb[[4, 1]])
+    assert not aligned.dropped_text_emb[2].any()
+    catalogue.save(tmp_path)
+    for mmap in (True, False):
+        assert torch.equal(Catalogue.load(tmp_path, mmap=mmap).dropped_text_emb, catalogue.dropped_text_emb)
+    padded = catalogue_from_arrays(["[PAD]", *"abc"], text, dropped_text_emb=shorter)
+    assert torch.equal(padded.dropped_text_emb[1], torch.from_numpy(shorter[1]))
+    with pytest.raises(ValueError, match="dropped_text_emb has 3 rows"): catalogue_from_arrays(list("abcd"), text, None, dropped_text_emb=shorter[:3])
+    with pytest.raises(ValueError, match="must be of the same sentences"): catalogue_from_arrays(list("abcd"), text, dropped_text_emb=shorter[:, :1])
+    with pytest.raises(ValueError, match="text_emb none"): catalogue_from_arrays(list("abcd"), None, text, dropped_text_emb=shorter)
+    shorter[3, 1] = 0
+    with pytest.raises(ValueError, match="item d: text_emb and dropped"): catalogue_from_arrays(list("abcd"), text, dropped_text_emb=shorter)
+
+
+def test_catalogues_without_dropped_words_are_saved_as_ever(tmp_path):
+    "The digits are those of the version before there were dropped words."
+    text, image = np.arange(12, dtype=np.float32).reshape(2, 2, 3) + 1, np.ones((2, 4), np.float32)
+    catalogue_from_arrays(["a", "b"], text, image).save(tmp_path)
+    assert json.loads((tmp_path / "catalogue.json").read_text())["fingerprint"] == "2b765ea8fdbb17be"
+    assert set(load_file(tmp_path / "catalogue.safetensors")) == {"text_emb", "text_pad_mask", "image_emb", "image_pad_mask"}
+    assert Catalogue.load(tmp_path).dropped_text_emb is None
 
 
 def test_ready_arrays():

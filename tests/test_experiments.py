@@ -1,6 +1,7 @@
 "Experiments: which systems the data permit, what a result keeps, what it depends on, and runs that are interrupted anywhere."
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +119,79 @@ def test_who_reads_no_keywords_makes_none(config, tmp_path, monkeypatch):
 def test_the_number_of_keywords_is_the_one_asked_for(config, tmp_path):
     data = prepare_data(replace(config, n_keywords=2, systems=("mp4sr",)), tmp_path, progress=False)
     assert data.keywords.top.shape[2] == data.keywords.settings["n_keywords"] == 2
+
+
+# Where data come from
+
+def write_features(shop, folder, size=6, lack=()):
+    "One row for each line of the shop's items; rows in `lack` are zeros."
+    n = len(Path(shop["items"]).read_text().splitlines())
+    rows = np.random.default_rng(0).normal(size=(n, size)).astype(np.float16)
+    rows[list(lack)] = 0
+    np.save(folder / "features.npy", rows)
+    return rows, str(folder / "features.npy")
+
+def test_given_features_are_taken_by_line(shop, clip, tmp_path):
+    rows, path = write_features(shop, tmp_path, lack=(1,))
+    data = prepare_data(quick_config(shop, clip, text_features=path), tmp_path / "a", progress=False)
+    lines = [json.loads(line)["item_id"] for line in Path(shop["items"]).read_text().splitlines()]
+    for row, token in enumerate(data.catalogue.item_tokens[1:], 1):
+        np.testing.assert_array_equal(data.catalogue.text_emb[row, 0], rows[lines.index(token)].astype(np.float32))
+        assert data.catalogue.missing_text_mask[row] == (token == lines[1])
+    assert data.catalogue.image_emb is None and "nothing was encoded" in data.notes[0]
+    assert data.systems == tuple(name for name in STANDARD if name not in READERS)
+    with pytest.raises(ValueError, match="pictures, and there are none; leave mp4sr out"):
+        prepare_data(quick_config(shop, clip, text_features=path, systems=("mp4sr",)), tmp_path / "a", progress=False)
+    both = quick_config(shop, clip, text_features=path, image_features=path, systems=("mp4sr",))
+    with pytest.raises(ValueError, match="only features were given; leave mp4sr out"):
+        prepare_data(both, tmp_path / "a", progress=False)
+
+def test_features_of_another_table_are_refused(shop, clip, tmp_path):
+    rows, path = write_features(shop, tmp_path)
+    np.save(path, rows[:-1])
+    with pytest.raises(ValueError, match=rf"features.npy has the shape \[{len(rows) - 1}, 6\].*one row for each of the {len(rows)} lines"):
+        prepare_data(quick_config(shop, clip, image_features=path), tmp_path / "a", progress=False)
+
+def test_a_source_and_own_tables_are_one_too_many():
+    with pytest.raises(ValueError, match="either a source .movielens-1m. or tables of your own .e.csv."):
+        RunConfig(source="movielens-1m", interactions="e.csv")
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    "Six users on a ring of five items, in the form of the released code, with texts and pictures as numbers."
+    folder, head = tmp_path_factory.mktemp("bench") / "Ring", "user_id:token\titem_id_list:token_seq\titem_id:token\n"
+    folder.mkdir()
+    files = dict(train="", valid="", test="")
+    for user in range(6):
+        walk = [str((user + step) % 5) for step in range(6)]
+        for end in range(1, 6):
+            part = "test" if end == 5 else "valid" if end == 4 else "train"
+            files[part] += f"{user}\t{' '.join(walk[:end])}\t{walk[end]}\n"
+    for part, rows in files.items(): (folder / f"Ring.{part}.inter").write_text(head + rows)
+    (folder / "Ring.item2index").write_text("".join(f"thing-{i}\t{i}\n" for i in range(5)))
+    for number, seed in ((1, 0), (2, 1), (3, 2)):
+        np.random.default_rng(seed).normal(size=(5, 4)).astype(np.float32).tofile(folder / f"Ring.feat{number}CLS")
+    return folder
+
+def test_a_published_split_is_taken_as_it_is(bench, tmp_path):
+    config = quick_config({"source": f"benchmark:{bench}"}, "shipped", systems=("popularity", "sasrec", "missrec"))
+    run = run_all(config, tmp_path, progress=False)
+    data = run.data
+    assert (data.statistics["n_users"], data.statistics["n_items"], data.statistics["n_events"]) == (6, 5, 36)
+    assert "as published" in data.notes[0] and len(run.results) == 3
+    for table, number in ((data.catalogue.text_emb, 1), (data.catalogue.dropped_text_emb, 2), (data.catalogue.image_emb, 3)):
+        dump = np.fromfile(bench / f"Ring.feat{number}CLS", np.float32).reshape(5, 4)
+        for row, token in enumerate(data.catalogue.item_tokens[1:], 1):
+            np.testing.assert_array_equal(table[row, 0], dump[int(token)])
+    assert prepare_data(replace(config, systems=None), tmp_path, progress=False).systems == tuple(
+        name for name in STANDARD if name not in READERS)
+
+def test_without_texts_with_missing_words_nothing_is_dropped_but_items(shop, clip, tmp_path):
+    _, path = write_features(shop, tmp_path)
+    data = prepare_data(quick_config(shop, clip, text_features=path, systems=("unisrec",)), tmp_path / "a", progress=False)
+    assert any("pre-training only drops items" in note for note in data.notes)
+    result = run_system("unisrec", 0, data, quick_config(shop, clip), tmp_path / "b", progress=False)
+    assert result.pretraining.epochs
 
 
 # Systems as recipes
@@ -251,7 +325,8 @@ def test_settings_of_pretraining_matter_to_who_is_pretrained(setting, data, quic
     for name, system in SYSTEMS.items():
         marks = [result_fingerprint(name, 0, data, each) for each in (quick, replace(quick, **setting))]
         assert (marks[0] != marks[1]) == (system.pretrain is not None), name
-    assert {name for name, system in SYSTEMS.items() if system.pretrain} == set(READERS) - {"mp4sr_scratch"}
+    assert {name for name, system in SYSTEMS.items() if not system.pretrain and system.needs not in ("", "content")} == {
+        name for name in SYSTEMS if name.endswith("_scratch")} - {"missrec_scratch", "missrec_ids_scratch"}
 
 @pytest.mark.parametrize("setting", [dict(epochs=7), dict(lr=.5), dict(hidden_size=8), dict(patience=1)])
 def test_settings_of_training_matter_to_all(setting, data, quick):

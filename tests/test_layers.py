@@ -7,7 +7,8 @@ from torch import nn
 from mmseqrec.core import set_seed
 from mmseqrec.features.encoders import catalogue_from_arrays
 from mmseqrec.layers import (AttentionPooling, Centring, ContentAdapter, ContentEmbedding, MixtureOfExperts,
-                             MultiHeadAttention, SequenceEncoder, TransformerBlock, check_features, init_weights)
+                             MultiHeadAttention, SequenceEncoder, TransformerBlock, WhiteningExperts, check_features,
+                             init_weights)
 from small_world import IMAGE_SIZE, NO_IMAGE, NO_TEXT, NOTHING, TEXT_SIZE, V, make_catalogue
 
 CLOSE = dict(rtol=0, atol=1e-9)
@@ -468,6 +469,112 @@ def test_experts_drop_in_training_only_and_before_the_norm():
     torch.testing.assert_close(module.eval()(f), experts(dropout=0.0)(f), rtol=0, atol=0)
     everything = experts(dropout=1.0).train()  # a norm of zeros is zero: only the shifts are left
     torch.testing.assert_close(everything(f), everything.gates(f) @ everything.shift, **CLOSE)
+
+
+def whitening(n_experts=3, dropout=0.0):
+    "Experts with lively weights, centres and gate."
+    return make(WhiteningExperts, F, D, n_experts, dropout)
+
+
+def slow_whitening(f, p, n_experts, gates=None):
+    "One item `[F]`, or one input of each expert `[G, F]`."
+    if gates is None:
+        logits = [sum(f[i] * p["gate"][i, g] for i in range(F)) for g in range(n_experts)]
+        gates = [np.exp(z) / sum(map(np.exp, logits)) for z in logits]
+    inputs = np.broadcast_to(f, (n_experts, F))
+    z = np.zeros(D)
+    for g in range(n_experts):
+        for d in range(D):
+            z[d] += gates[g] * sum(p["experts.weight"][g * D + d, i] * (inputs[g, i] - p["center"][g, i]) for i in range(F))
+    return z
+
+
+@pytest.mark.parametrize("n_experts", [1, 3])
+def test_whitening_experts_equal_loops(n_experts):
+    module, f = whitening(n_experts, dropout=.5), torch.randn(5, F, dtype=torch.float64)
+    if n_experts > 1: assert module.gates(f).std(0).min() > .02, "the gate looks at the item"
+    slow = np.stack([slow_whitening(row.numpy(), numbers(module), n_experts) for row in f])
+    np.testing.assert_allclose(module(f).detach(), slow, **CLOSE)
+    assert module(f[:0]).shape == (0, D) and module.train()(f[:0]).shape == (0, D)
+
+
+def test_whitening_experts_in_training_equal_loops(monkeypatch):
+    "Every expert has its own dropout, before its centre is subtracted; the gate has noise and sees all numbers."
+    module, f = whitening(dropout=.5).train(), torch.randn(5, F, dtype=torch.float64)
+    seen, drop = [], module.dropout.forward
+    monkeypatch.setattr(module.dropout, "forward", lambda x: seen.append(drop(x)) or seen[-1])
+    torch.manual_seed(3)
+    found = module(f).detach()
+    dropped, = seen
+    assert dropped.shape == (3, 5, F)
+    for a, b in ((0, 1), (0, 2), (1, 2)): assert not torch.equal(dropped[a] == 0, dropped[b] == 0)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], (2 * f.expand(3, -1, -1))[kept], **CLOSE)
+    torch.manual_seed(3)
+    module.dropout(f.expand(3, -1, -1))
+    n, p = torch.randn(5, 3, dtype=torch.float64), numbers(module)
+    spread = np.log1p(np.exp(f.numpy() @ p["gate_noise"])) + .01
+    logits = f.numpy() @ p["gate"] + n.numpy() * spread
+    gates = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    slow = np.stack([slow_whitening(dropped[:, row].numpy(), p, 3, gates[row]) for row in range(5)])
+    np.testing.assert_allclose(found, slow, **CLOSE)
+
+
+def test_whitening_experts_without_dropout_take_one_path():
+    "Training without dropout differs from evaluation by the gate's noise alone; without both, it does not differ."
+    module, f = whitening(dropout=0.0), torch.randn(5, F, dtype=torch.float64)
+    expected, quiet = module(f), module.gates(f)
+    assert not torch.equal(module.train()(f), expected)
+    module.gates = lambda features: quiet
+    torch.testing.assert_close(module(f), expected, **CLOSE)
+    calm = WhiteningExperts(F, D, 3, 0.0, noisy=False).double()
+    assert set(calm.state_dict()) == {"experts.weight", "center", "gate"}
+    torch.testing.assert_close(calm.train()(f), calm.eval()(f), **CLOSE)
+
+
+def test_whitening_dropout_keeps_the_mean():
+    module, f = whitening(dropout=.2), torch.randn(1, F, dtype=torch.float64)
+    expected, quiet = module(f), module.gates(f)
+    module.gates = lambda features: quiet.expand(len(features), -1)
+    torch.testing.assert_close(module.train()(f.expand(40_000, -1)).mean(0, keepdim=True), expected, rtol=0, atol=.03)
+
+
+def test_whitening_experts_start_even_quiet_and_without_centre():
+    module, f = WhiteningExperts(F, D), torch.randn(7, F)
+    assert count(module) == 8 * (F * D + F) + 2 * F * 8
+    for each in (module, init_weights(module)):
+        assert not (each.gate.any() or each.gate_noise.any() or each.center.any()) and each.experts.weight.any()
+        torch.testing.assert_close(each.eval().gates(f), torch.full((7, 8), 1 / 8))
+        noisy = each.train().gates(f.repeat(2000, 1)).log()
+        spread = (noisy - noisy.mean(1, keepdim=True)).std() * (8 / 7) ** .5
+        assert spread.item() == pytest.approx(.7031, rel=.02)
+    module(f)[:, 0].square().sum().backward()
+    assert all(weight.grad.any() for weight in module.parameters()), "zero is a start, not a trap"
+
+
+def test_whitening_gradients_equal_finite_differences():
+    module, f = whitening(), torch.randn(3, F, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*module.named_parameters())
+    assert set(names) == {"experts.weight", "center", "gate", "gate_noise"}
+    ask = lambda f, *values: torch.func.functional_call(module, dict(zip(names, values)), (f,))
+    assert torch.autograd.gradcheck(ask, (f, *values))
+    module.train()
+    module.dropout.p = .5
+    def again(f, *values):
+        torch.manual_seed(0)
+        return ask(f, *values)
+    assert torch.autograd.gradcheck(again, (f, *values))
+
+
+def test_whitening_experts_in_sixteen_bits():
+    module, f = whitening(dropout=.2).float(), torch.randn(5, F)
+    expected = module(f)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (module(f).float() - expected).abs().max() < .03 * expected.abs().max()
+        assert module.train()(f).isfinite().all()
+    module = module.eval().to(torch.bfloat16)
+    assert (module(f.bfloat16()).float() - expected).abs().max() < .03 * expected.abs().max()
+    assert module.train()(f.bfloat16()).dtype == torch.bfloat16
 
 
 def content(text=True, image=True, catalogue=None):

@@ -1,4 +1,4 @@
-"Full-softmax cross-entropy and InfoNCE against loops: the loss, every gradient, the memory."
+"Full-softmax cross-entropy, InfoNCE and interest diversity against loops: the loss, every gradient, the memory."
 import math
 
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmseqrec.losses import dot_score, full_softmax_cross_entropy, info_nce, same_target_mask
+from mmseqrec.losses import dot_score, full_softmax_cross_entropy, info_nce, interest_diversity, same_target_mask
 
 CLOSE = dict(rtol=0, atol=1e-9)
 
@@ -283,3 +283,61 @@ def test_same_target_mask_equals_loops():
     assert found.dtype == torch.bool and found.tolist() == slow and found.sum() == 6 + 2
     assert not same_target_mask(torch.arange(4)).any()
     assert torch.equal(same_target_mask(torch.full((3,), 7)), ~torch.eye(3, dtype=torch.bool))
+
+
+def slow_diversity(interests, pad):
+    "Pair after pair."
+    total = 0.
+    for xi, absent in zip(interests, pad):
+        real = [x for x, gone in zip(xi, absent) if not gone]
+        pairs = [(a, b) for i, a in enumerate(real) for j, b in enumerate(real) if i != j]
+        cosines = [sum(a * b) / (sum(a * a) ** .5 * sum(b * b) ** .5) for a, b in pairs]
+        total += sum(c * c for c in cosines) / max(len(pairs), 1)
+    return total / len(interests)
+
+
+def some_interests():
+    interests = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return interests, torch.arange(4) >= torch.tensor([4, 3, 2, 1, 0])[:, None]
+
+
+def test_diversity_equals_loops():
+    interests, pad = some_interests()
+    found = interest_diversity(interests, pad)
+    assert found.ndim == 0 and found.item() == pytest.approx(slow_diversity(interests.numpy(), pad.numpy()), abs=1e-9)
+    released = sum(((1 - absent.double().mean()) * xi.sum(0)).square().sum() for xi, absent in zip(interests, pad)) / 3
+    torch.testing.assert_close(interest_diversity(interests, pad, released=True), released, rtol=0, atol=1e-9)
+
+
+def test_gradients_of_diversity():
+    "Finite differences; what is padding, and a user with one interest, gets none."
+    interests, pad = some_interests()
+    for released in (False, True):
+        assert torch.autograd.gradcheck(lambda x: interest_diversity(x, pad, released), interests.clone().requires_grad_())
+    leaf = interests.clone().requires_grad_()
+    interest_diversity(leaf, pad).backward()
+    assert leaf.grad[~pad][:9].abs().sum(1).gt(1e-6).all() and not leaf.grad[pad].any() and not leaf.grad[3].any()
+
+
+def test_diversity_knows_directions_only():
+    interests, pad = some_interests()
+    expected = interest_diversity(interests, pad)
+    lengths = torch.rand(5, 4, 1, dtype=torch.float64) + .5
+    torch.testing.assert_close(interest_diversity(interests * lengths, pad), expected)
+    filled = interests.masked_fill(pad[..., None], torch.nan)
+    torch.testing.assert_close(interest_diversity(filled, pad), expected)
+    torch.testing.assert_close(interest_diversity(F.pad(interests, (0, 0, 0, 3)), F.pad(pad, (0, 3), value=True)), expected)
+    torch.testing.assert_close(interest_diversity(interests.repeat(3, 1, 1), pad.repeat(3, 1)), expected)
+    torch.testing.assert_close(interest_diversity(torch.eye(4).expand(2, 4, 4), torch.zeros(2, 4, dtype=torch.bool)), torch.zeros(()))
+    torch.testing.assert_close(interest_diversity(torch.ones(2, 4, 3), torch.zeros(2, 4, dtype=torch.bool)), torch.ones(()))
+
+
+def test_diversity_of_nothing_and_of_zeros_is_finite():
+    for interests in (torch.zeros(2, 3, 4), torch.randn(2, 3, 4, dtype=torch.bfloat16)):
+        for released in (False, True):
+            for pad in (torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)):
+                leaf = interests.clone().requires_grad_()
+                loss = interest_diversity(leaf, pad, released)
+                loss.backward()
+                assert loss.dtype == torch.float32 and loss.isfinite() and leaf.grad.isfinite().all()
+    with pytest.raises(ValueError): interest_diversity(torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.bool))

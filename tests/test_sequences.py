@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mmseqrec.data.interactions import TEST, TRAIN, VALID
-from mmseqrec.data.sequences import (Batch, SequenceStore, collate, evaluation_batches, flat_ranges, length_chunks,
-                                     pad_gather, padding_share, plot_batch, plot_padding, position_batches,
+from mmseqrec.data.sequences import (Batch, SequenceStore, collate, evaluation_batches, expand_prefixes, flat_ranges,
+                                     length_chunks, pad_gather, padding_share, plot_batch, plot_padding, position_batches,
                                      prefix_batches, training_windows)
 
 
@@ -199,6 +199,66 @@ def test_windows_by_hand():
 def test_prefixes_equal_positions():
     store = make_store(9, n_users=60)
     assert questions(prefix_batches(store, TRAIN, 32, 50)) == questions(position_batches(store, 32, 50))
+
+
+# A query as a row of its own
+
+@pytest.mark.parametrize("seed", range(20))
+def test_expand_prefixes_equals_a_loop(seed):
+    rng = np.random.default_rng(seed)
+    histories = [rng.integers(1, 50, n).tolist() for n in rng.integers(1, 9, 6)]
+    batch = collate(histories, 10)
+    batch.user, batch.row = torch.arange(6) + 100, torch.arange(6) + 200
+    there = (~batch.item_pad_mask).flatten().nonzero()[:, 0]
+    positions = there[torch.from_numpy(rng.integers(0, len(there), rng.integers(1, 12)))]  # in any order, some twice
+    batch.pos_item = torch.from_numpy(rng.integers(1, 50, len(positions)))
+    before = {name: getattr(batch, name).clone() for name in ("item_seq", "item_seq_len", "pos_item", "user", "row")}
+    rows = expand_prefixes(batch, positions)
+    places = [divmod(position, batch.item_seq.shape[1]) for position in positions.tolist()]
+    expected = collate([histories[b][:column + 1] for b, column in places], 10)
+    assert torch.equal(rows.item_seq, expected.item_seq) and torch.equal(rows.item_seq_len, expected.item_seq_len)
+    check_padding(rows)
+    assert torch.equal(rows.pos_item, batch.pos_item) and rows.positions is None and rows.n_targets == len(positions)
+    assert rows.user.tolist() == [100 + b for b, _ in places] and rows.row.tolist() == [200 + b for b, _ in places]
+    assert rows.item_seq.flatten()[rows.query_index()].tolist() == batch.item_seq.flatten()[positions].tolist()
+    for name, x in before.items(): assert torch.equal(getattr(batch, name), x), f"{name} of the batch itself"
+
+
+@pytest.mark.parametrize("max_len", [50, 7])
+def test_expanded_windows_ask_the_same_questions(max_len):
+    windows = list(position_batches(make_store(9, n_users=60), 32, max_len))
+    assert questions([expand_prefixes(batch, batch.positions) for batch in windows]) == questions(windows)
+
+
+def test_expanding_the_last_positions_changes_nothing():
+    batch = prefix_batches(make_store(2), TRAIN, 16, 20)[0]
+    assert expand_prefixes(batch) is batch
+    again = expand_prefixes(batch, batch.query_index())
+    for name in ("item_seq", "item_seq_len", "pos_item", "user", "row"):
+        assert torch.equal(getattr(again, name), getattr(batch, name)), name
+
+
+def test_targets_of_other_queries_are_not_kept():
+    windows = position_batches(make_store(2), 32, 20)[0]
+    assert expand_prefixes(windows, windows.positions[:3]).pos_item is None
+    none = expand_prefixes(windows, windows.positions[:0])
+    assert none.item_seq.shape == (0, 0) and len(none) == 0
+
+
+def test_a_position_in_the_padding_is_refused():
+    batch = collate([[1, 2, 3], [4, 5]], 10)
+    with pytest.raises(ValueError, match="lies in the padding; ask where a history has an item"):
+        expand_prefixes(batch, torch.tensor([0, 5]))
+    assert len(expand_prefixes(batch, torch.tensor([0, 4]))) == 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_training_items_are_those_of_training_events(seed):
+    store = make_store(seed, n_items=1000)
+    expected = sorted({int(item) for item, stage in zip(store.items, store.stage) if stage == TRAIN})
+    assert store.training_items.tolist() == expected and store.training_items.dtype == np.int64
+    assert set(expected) < set(store.items.tolist()), "some item occurs in held-out events only"
+    assert store.training_items is store.training_items  # counted once
 
 
 @pytest.mark.parametrize("stage", [VALID, TEST])

@@ -6,7 +6,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/data.sequences.html.md"""
 
 # %% auto #0
 __all__ = ['flat_ranges', 'pad_gather', 'SequenceStore', 'Batch', 'collate', 'Batches', 'prefix_batches', 'training_windows',
-           'position_batches', 'plot_batch', 'evaluation_batches', 'length_chunks', 'padding_share', 'plot_padding']
+           'position_batches', 'expand_prefixes', 'plot_batch', 'evaluation_batches', 'length_chunks', 'padding_share',
+           'plot_padding']
 
 # %% ../../nbs/14_data.sequences.ipynb #imports
 from collections.abc import Callable, Iterable, Sequence
@@ -88,6 +89,11 @@ class SequenceStore:
     def user(self) -> np.ndarray:  # `[E]` user of each event
         "Name each event's user."
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+    @cached_property
+    def training_items(self) -> np.ndarray:  # `[N]` int64 catalogue rows, sorted
+        "List the items that occur in training events."
+        return np.unique(self.items[self.stage == TRAIN]).astype(np.int64)
 
     def history_length(
         self,
@@ -306,6 +312,23 @@ def position_batches(
     groups = [group for group in np.split(order, np.flatnonzero(np.diff(part)) + 1) if len(group)]
     groups = [groups[place] for place in rng.permutation(len(groups))]
     return Batches(groups, partial(_batch_of_windows, store, windows))
+
+# %% ../../nbs/14_data.sequences.ipynb #expand-prefixes
+def expand_prefixes(
+    batch: Batch,  # B histories
+    positions: Tensor | None = None,  # `[T]` flat `row * L + column` to cut after; `None`: the batch as it is
+) -> Batch:  # T rows, each asked after its last item; `pos_item` is kept where it has one target per position
+    "Make each asked position a history of its own that ends there. Raises `ValueError` for positions in the padding."
+    if positions is None: return batch
+    row = positions // batch.item_seq.shape[1]
+    lengths = positions - row * batch.item_seq.shape[1] + 1
+    if (lengths > batch.item_seq_len[row]).any():
+        raise ValueError("a position to cut after lies in the padding; ask where a history has an item")
+    column = torch.arange(int(lengths.max()) if len(lengths) else 0, device=lengths.device)
+    item_seq = batch.item_seq[row, :len(column)].masked_fill(column >= lengths[:, None], 0)
+    one_each = batch.pos_item is not None and len(batch.pos_item) == len(positions)
+    of_row = lambda values: None if values is None else values[row]
+    return Batch(item_seq, lengths, batch.pos_item if one_each else None, None, of_row(batch.user), of_row(batch.row))
 
 # %% ../../nbs/14_data.sequences.ipynb #plot-batch
 def plot_batch(

@@ -8,7 +8,7 @@ Docs: https://mmseqrec.github.io/mmseqrec/features.encoders.html.md"""
 __all__ = ['ENCODING_VERSION', 'PUBLISHED', 'mean_pooling', 'resolve_pooling', 'Encoder', 'TextEncoder', 'ImageEncoder',
            'load_text_encoder', 'load_image_encoder', 'ResolvedEncoders', 'resolve_encoders', 'plan_chunks',
            'map_safetensors', 'FeatureTable', 'encode_table', 'Catalogue', 'save_catalogue', 'load_catalogue',
-           'build_catalogue', 'plot_coverage', 'nearest_items', 'catalogue_from_arrays']
+           'drop_words', 'build_catalogue', 'plot_coverage', 'nearest_items', 'catalogue_from_arrays']
 
 # %% ../../nbs/21_features.encoders.ipynb #imports
 import contextlib
@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..artifacts import artifact_path, atomic_path, file_sha256, fingerprint, read_json, write_json
-from ..core import get_device
+from ..core import derive_seed, get_device
 from .clip import image_features, open_picture, preprocess_images, quiet_transformers, text_features
 from ..figures import COLORS
 
@@ -531,6 +531,7 @@ class Catalogue:
     image_pad_mask: torch.Tensor  # `[V+1, Kv]`, True = no picture there
     report: tuple[str, ...] = ()  # what was left out or is missing, in sentences
     encoders: dict = field(default_factory=dict)  # name and fingerprint of the encoders, for results to quote
+    dropped_text_emb: torch.Tensor | None = None  # `[V+1, Kt, Dt]`, sentences with words left out
 
     @property
     def n_items(self) -> int: return len(self.item_tokens) - 1
@@ -549,6 +550,13 @@ class Catalogue:
         "Average the sentences of each item; zeros where it has none."
         return mean_pooling(self.text_emb.float(), self.text_pad_mask)
 
+    def mean_dropped_text(self) -> torch.Tensor:  # `[V+1, Dt]` float32
+        "Average the sentences with words left out. Raises `ValueError` if the catalogue has none."
+        if self.dropped_text_emb is None:
+            raise ValueError("the catalogue has no sentences with words left out; encode them with "
+                             "build_catalogue(..., word_drop=0.15)")
+        return mean_pooling(self.dropped_text_emb.float(), self.text_pad_mask)
+
     def mean_image(self) -> torch.Tensor:  # `[V+1, Dv]` float32
         "Average the pictures of each item; zeros where it has none."
         return mean_pooling(self.image_emb.float(), self.image_pad_mask)
@@ -563,7 +571,8 @@ class Catalogue:
         pick = lambda table: None if table is None else table[rows]
         return replace(self, item_tokens=["[PAD]", *(self.item_tokens[row] for row in ids.tolist())],
                        text_emb=pick(self.text_emb), text_pad_mask=pick(self.text_pad_mask),
-                       image_emb=pick(self.image_emb), image_pad_mask=pick(self.image_pad_mask))
+                       image_emb=pick(self.image_emb), image_pad_mask=pick(self.image_pad_mask),
+                       dropped_text_emb=pick(self.dropped_text_emb))
 
     def align(
         self,
@@ -590,7 +599,7 @@ def save_catalogue(
     folder: str | Path,  # written: `catalogue.safetensors` and `catalogue.json`
 ) -> Path:  # the folder
     "Write a catalogue, each file whole or not at all."
-    names = ("text_emb", "text_pad_mask", "image_emb", "image_pad_mask")
+    names = ("text_emb", "text_pad_mask", "image_emb", "image_pad_mask", "dropped_text_emb")
     tensors = {name: getattr(catalogue, name).contiguous() for name in names if getattr(catalogue, name) is not None}
     sums = [float(tensor.double().sum()) for tensor in tensors.values()]
     folder, mark = Path(folder), fingerprint(catalogue.item_tokens, catalogue.encoders, sums)
@@ -616,9 +625,25 @@ def load_catalogue(
     arrays = map_safetensors(path)
     tensors = {name: torch.from_numpy(array if mmap else np.array(array)) for name, array in arrays.items()}
     return Catalogue(plain["item_tokens"], tensors.get("text_emb"), tensors["text_pad_mask"], tensors.get("image_emb"),
-                     tensors["image_pad_mask"], tuple(plain["report"]), plain["encoders"])
+                     tensors["image_pad_mask"], tuple(plain["report"]), plain["encoders"],
+                     tensors.get("dropped_text_emb"))
 
 Catalogue.save, Catalogue.load = save_catalogue, staticmethod(load_catalogue)
+
+# %% ../../nbs/21_features.encoders.ipynb #drop-words
+def drop_words(
+    text: str,  # a sentence
+    rate: float,  # q, probability of each word, 0 to 1
+    seed: int = 0,
+) -> str:  # what is left, words separated by single spaces
+    "Leave words out of a sentence, but never all (UniSRec, word drop). Raises `ValueError` for a bad rate."
+    if not 0 <= rate <= 1: raise ValueError(f"the rate of words to leave out must be between 0 and 1, got {rate}")
+    words = text.split()
+    if not words: return ""
+    rng = np.random.default_rng(derive_seed(seed, "words", *words))
+    keep = rng.random(len(words)) >= rate
+    if not keep.any(): keep[rng.integers(len(words))] = True
+    return " ".join(word for word, stays in zip(words, keep) if stays)
 
 # %% ../../nbs/21_features.encoders.ipynb #deal
 def _deal(contents, encoder, folder, labels, limit, dtype, chunk_size, progress):
@@ -648,19 +673,22 @@ def build_catalogue(
     max_images: int = 4,  # pictures of an item at most
     dtype: str = "float32",  # `"float32"` or `"float16"`
     chunk_size: int = 64,  # contents of a batch at most
+    word_drop: float = 0.0,  # also encode every sentence with this share of its words left out (UniSRec: 0.15)
     progress: bool = True,  # show progress bars
 ) -> Catalogue:  # row 0 is padding, then the items in the order of the table
     "Encode the texts and pictures of an item table; what is missing or broken is masked and reported."
+    if word_drop and text_encoder is None: raise ValueError("word_drop needs texts: give a text_encoder")
     if cache_dir is None:
         with TemporaryDirectory() as folder:
             return build_catalogue(items, text_encoder, image_encoder, folder, max_texts=max_texts, dtype=dtype,
-                                   max_images=max_images, chunk_size=chunk_size, progress=progress)
+                                   max_images=max_images, chunk_size=chunk_size, word_drop=word_drop,
+                                   progress=progress)
     skip = int(list(items.item_tokens[:1]) == ["[PAD]"])
     tokens = ["[PAD]", *items.item_tokens[skip:]]
     texts = [[], *([text for text in part if str(text).strip()] for part in items.texts[skip:])]
     images = [[], *map(list, items.images[skip:])]
     report, options = [], dict(dtype=dtype, chunk_size=chunk_size, progress=progress)
-    emb, masks = {"text": None, "image": None}, {}
+    emb, masks, dropped = {"text": None, "image": None}, {}, None
     for kind, encoder, contents, limit in (("text", text_encoder, texts, max_texts),
                                            ("image", image_encoder, images, max_images)):
         masks[kind] = torch.ones(len(tokens), 1, dtype=torch.bool)
@@ -670,6 +698,9 @@ def build_catalogue(
         emb[kind], masks[kind], broken = _deal(contents, encoder, cache_dir, labels, limit, **options)
         report += [*broken, *_count_sentence([token for token, part in zip(tokens, contents) if len(part) > limit],
                                              f"{{}} cut to {limit} {'sentences' if kind == 'text' else 'pictures'}")]
+        if kind == "text" and word_drop:
+            shorter = [[drop_words(str(text), word_drop) for text in part] for part in contents]
+            dropped, _, _ = _deal(shorter, encoder, cache_dir, labels, limit, **options)
     for kind, word in (("text", "sentence"), ("image", "picture")):
         if emb[kind] is not None:
             lacking = masks[kind].all(1)[1:].nonzero()[:, 0].tolist()
@@ -678,7 +709,8 @@ def build_catalogue(
     report += _count_sentence([tokens[row + 1] for row in neither], "{} without any text and picture")
     used = {encoder.kind: {"name": encoder.name, "fingerprint": encoder.fingerprint, "pooling": encoder.pooling}
             for encoder in (text_encoder, image_encoder) if encoder is not None}
-    return Catalogue(tokens, emb["text"], masks["text"], emb["image"], masks["image"], tuple(report), used)
+    if word_drop: used["text"]["word_drop"] = word_drop
+    return Catalogue(tokens, emb["text"], masks["text"], emb["image"], masks["image"], tuple(report), used, dropped)
 
 # %% ../../nbs/21_features.encoders.ipynb #plot-coverage
 def plot_coverage(
@@ -714,11 +746,12 @@ def catalogue_from_arrays(
     text_emb: np.ndarray | None = None,  # `[V, Dt]` or `[V, Kt, Dt]`; a row for each of `item_tokens`
     image_emb: np.ndarray | None = None,  # `[V, Dv]` or `[V, Kv, Dv]`
     dtype: str = "float32",  # `"float32"` or `"float16"`
+    dropped_text_emb: np.ndarray | None = None,  # like `text_emb`, of the same sentences with words left out
 ) -> Catalogue:  # rows of zeros are masked as missing
     "Make a catalogue of ready features; raises `ValueError` that names the item where a value is not finite."
     skip = int(list(item_tokens[:1]) == ["[PAD]"])
     tokens, tables = ["[PAD]", *item_tokens[skip:]], []
-    for name, array in (("text_emb", text_emb), ("image_emb", image_emb)):
+    for name, array in (("text_emb", text_emb), ("image_emb", image_emb), ("dropped_text_emb", dropped_text_emb)):
         if array is None:
             tables += [None, torch.ones(len(tokens), 1, dtype=torch.bool)]
             continue
@@ -732,6 +765,19 @@ def catalogue_from_arrays(
         rows = torch.zeros(len(tokens), *array.shape[1:], dtype=getattr(torch, dtype))
         rows[1:] = torch.from_numpy(np.ascontiguousarray(array, dtype))
         tables += [rows, (rows == 0).all(2)]
+    *tables, dropped, absent = tables
+    if dropped is not None: _check_dropped(tokens, tables[0], tables[1], dropped, absent)
     missing = (tables[1].all(1) & tables[3].all(1))[1:].nonzero()[:, 0].tolist()
     report = _count_sentence([tokens[row + 1] for row in missing], "{} without any text and picture")
-    return Catalogue(tokens, *tables, tuple(report), {"source": "ready arrays"})
+    return Catalogue(tokens, *tables, tuple(report), {"source": "ready arrays"}, dropped)
+
+# %% ../../nbs/21_features.encoders.ipynb #check-dropped
+def _check_dropped(tokens, text_emb, text_pad_mask, dropped, absent):
+    "Raise `ValueError` where rows with words left out do not go with the whole sentences."
+    if text_emb is None or text_emb.shape != dropped.shape:
+        found = "none" if text_emb is None else list(text_emb.shape)
+        raise ValueError(f"dropped_text_emb has shape {list(dropped.shape)} with padding, text_emb {found}; they must "
+                         "be of the same sentences")
+    if len(bad := (absent != text_pad_mask).any(1).nonzero()[:, 0]):
+        raise ValueError(f"item {tokens[bad[0]]}: text_emb and dropped_text_emb do not have the same sentences (rows "
+                         "of zeros are no sentences)")
