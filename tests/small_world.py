@@ -34,8 +34,8 @@ def by_texts(**options):
 
 
 def behind_a_gap(**options):
-    "Build MMSRec; `dropout` also sets that of its encoder's input."
-    both = {"embedding_dropout": options["dropout"]} if "dropout" in options else {}
+    "Build MMSRec; `dropout` also sets that of its encoder's input, and without any no gap is drawn but the next item's."
+    both = {"embedding_dropout": options["dropout"], "cloze_rate": .2 if options["dropout"] else 0.} if "dropout" in options else {}
     return MMSRec(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, **SIZES | both | options)
 
 

@@ -218,6 +218,7 @@ NASTY = {  # name -> (file name, content, what the message must say)
     "json number": ("x.jsonl", b'{"user_id":"a","item_id":"b","timestamp":1}\n5\n', "line 2: not a JSON object"),
     "json other keys": ("x.jsonl", b'{"u":"a","item_id":"b","timestamp":1}\n', "no column 'user_id'; there are 'u'"),
     "csv named gz": ("x.csv.gz", HEAD, "not compressed with gzip"),
+    "gz damaged inside": ("x.csv.gz", gzip.compress(HEAD)[:10] + b"\xff" * 40, "compressed file is damaged"),
     "cut gz": ("x.csv.gz", gzip.compress(HEAD + b"a,b,1\n" * 99)[:-12], "compressed file is damaged"),
     "cut parquet": ("x.parquet", b"PAR1 and no more", "damaged Parquet"),
     "csv named parquet": ("x.parquet", HEAD + b"a,b,1\n", "not Parquet"),

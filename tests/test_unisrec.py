@@ -563,7 +563,7 @@ def test_the_whole_way():
     "Pre-trained without item vectors, transferred, tuned with a frozen trunk and item vectors: the ring is known."
     store, calm = ring_store(24), dict(dropout=0., attention_dropout=0.)
     source = build("content_unisrec", make_catalogue(whole=True), **calm)
-    fit(source, store, "pretrain", epochs=10, batch_size=32, lr=.01, device="cpu", progress=False)
+    fit(source, store, "pretrain", epochs=20, batch_size=32, lr=.01, device="cpu", progress=False)
     model = transfer_weights(source, build("unisrec", make_catalogue(whole=True), seed=1, frozen_trunk=True, **calm))
     scratch = build("unisrec", make_catalogue(whole=True), seed=1, **calm)
     batch, = prefix_batches(store, TRAIN, 200, model.max_len)

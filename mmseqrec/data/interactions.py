@@ -18,6 +18,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -86,7 +87,7 @@ def _open_source(source):
         with open(path, "rb") as file: packed = file.read(2) == b"\x1f\x8b"
         if not packed: raise ValueError(f"{path.name}: not compressed with gzip; remove .gz from its name")
         try: content = gzip.decompress(path.read_bytes())
-        except (EOFError, OSError, ValueError) as error:
+        except (EOFError, OSError, ValueError, zlib.error) as error:
             raise ValueError(f"{path.name}: the compressed file is damaged ({error}); fetch it again") from None
     with (io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")) as file: head = file.read(4096)
     _check_content(head, suffix, path.name)

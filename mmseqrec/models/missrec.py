@@ -6,7 +6,7 @@ Docs: https://mmseqrec.github.io/mmseqrec/models.missrec.html.md"""
 
 # %% auto #0
 __all__ = ['FrozenFeatures', 'ItemAdapters', 'HistoryInput', 'fuse_modalities', 'fused_score', 'WithInterests', 'InterestItems',
-           'HistoryView', 'read_histories', 'InterestHistories', 'InterestLosses', 'InterestPretraining', 'MISSRec',
+           'HistoryView', 'encode_histories', 'InterestHistories', 'InterestLosses', 'InterestPretraining', 'MISSRec',
            'plot_interest_attention']
 
 # %% ../../nbs/55_models.missrec.ipynb #imports
@@ -281,7 +281,7 @@ class HistoryView:
     place: Tensor  # `[B, L, M]`, row of each token in the table
     interest_seq: Tensor  # `[B, Q]`, interests of each history, 0 = padding
 
-def read_histories(
+def encode_histories(
     model: "InterestHistories",  # with `inputs` and `trunk`
     table: Tensor,  # `[N, D]`, tokens
     missing_token_mask: Tensor,  # `[N]`, True where the row is no token
@@ -312,7 +312,7 @@ class InterestHistories(InterestItems):
         "Encode the history up to each position."
         batch = expand_prefixes(batch, positions)
         ids = F.pad(batch.item_seq.flatten(), (1, 0)).unique()
-        return read_histories(self, *self._table(self.adapters(ids), ids), self._view(batch, ids), 256)[0][:, None]
+        return encode_histories(self, *self._table(self.adapters(ids), ids), self._view(batch, ids), 256)[0][:, None]
 
     def attention(
         self,
@@ -361,7 +361,7 @@ class InterestLosses(InterestHistories):
     ) -> dict[str, Tensor]:  # `"loss"`, `"cross_entropy"`, `"diversity"`
         "Compute the cross-entropy of the next items over the whole catalogue, and the likeness of interests."
         batch, tokens = expand_prefixes(batch, batch.positions), self.adapters()
-        sequence, contexts = read_histories(self, *self._table(tokens), self._view(batch), len(batch))
+        sequence, contexts = encode_histories(self, *self._table(tokens), self._view(batch), len(batch))
         items = self._streams(tokens[1:], torch.arange(1, len(tokens), device=tokens.device))
         score = lambda u, vectors, kappa: fused_score(u, vectors, kappa, items.missing_stream_mask,
                                                       self.item_emb is not None)
@@ -395,8 +395,8 @@ class InterestPretraining(InterestLosses):
         ids = torch.cat([F.pad(batch.item_seq.flatten(), (1, 0)), batch.pos_item]).unique()
         tokens = self.adapters(ids)
         table, missing = self._table(tokens, ids)
-        own, contexts = read_histories(self, table, missing, self._view(batch, ids))
-        other, other_contexts = read_histories(self, *self._disturbed(table, missing, batch, ids))
+        own, contexts = encode_histories(self, table, missing, self._view(batch, ids))
+        other, other_contexts = encode_histories(self, *self._disturbed(table, missing, batch, ids))
         items = self._streams(tokens[torch.searchsorted(ids, batch.pos_item)], batch.pos_item)
         options = (batch.pos_item, self.temperature, self.keep_false_negatives)
         terms = {"sequence_item": sequence_item_loss(self.score(own[:, None], items), *options),
