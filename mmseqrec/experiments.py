@@ -35,7 +35,7 @@ from .figures import COLORS
 from .metrics import bootstrap_interval, paired_test
 from .models.baselines import BERT4Rec, ContentSASRec, GRU4Rec, Markov, Popularity, SASRec
 from .models.missrec import MISSRec
-from .models.mmsrec import MMSRec
+from .models.mmsrec import MMSRec, pair_store
 from .models.mp4sr import MP4SR
 from .models.unisrec import UniSRec
 from .recommender import Recommender, transfer_weights
@@ -127,6 +127,7 @@ class System:
     needs: str = ""  # `"content"` (texts or pictures), `"text"`, `"both"`, `"keywords"` (both, and words for pictures)
     pretrain: Callable[[Catalogue, RunConfig], Recommender] | None = None  # builds what is pre-trained first
     drops_words: bool = False  # True for systems whose pre-training reads texts with words left out
+    pretrain_store: Callable[[SequenceStore], SequenceStore] = lambda store: store  # what pre-training reads
     stays: tuple[str, ...] = ("item_emb.",)  # beginnings of names of weights that pre-training does not hand on
     variant_of: str | None = None  # the system whose variant this is; not among "all"
 
@@ -191,7 +192,8 @@ SYSTEMS = {system.name: system for system in (
     _mp4sr("mp4sr_unmasked_pooling", "MP4SR, padding pooled", COLORS["accent"], masked_pooling=False),
     _mp4sr("mp4sr_legacy_losses", "MP4SR, released denominators", COLORS["ink"], legacy=True),
     *_family(UniSRec, "UniSRec", COLORS["text"], needs="text", drops_words=True),
-    *_family(MMSRec, "MMSRec", "#1f8a9e", needs="both", stays=("encoder.position_emb.",)),
+    *_family(MMSRec, "MMSRec", "#1f8a9e", needs="both", stays=("encoder.position_emb.",),
+             pretrain_store=lambda store: pair_store(store.training_items, store.n_items)),
     *_family(MISSRec, "MISSRec", COLORS["image"], needs="content", drops_words=True, stays=("item_emb.", "interest_")),
 )}
 STANDARD = ("popularity", "markov", "sasrec", "content_sasrec", "mp4sr_scratch", "mp4sr")  # unless told otherwise
@@ -320,8 +322,8 @@ def prepare_data(
     shop = read(config, folder, lap, progress)
     store, left_out = SequenceStore.from_split(shop.split), []
     systems = _permitted_systems(config, shop.catalogue, shop.encoders, left_out)
-    systems, keywords = _read_keywords(config, systems, store, shop.items.texts, shop.catalogue, shop.encoders, left_out,
-                                       cache_dir=Path(folder) / "features", progress=progress)
+    systems, keywords = _read_keywords(config, systems, store, shop.items.texts, shop.catalogue, shop.encoders,
+                                       left_out, cache_dir=Path(folder) / "features", progress=progress)
     lap("keywords")
     events = shop.split.interactions
     return RunData(shop.source, events, shop.split, store, shop.items, shop.catalogue, interaction_statistics(events),
@@ -467,8 +469,9 @@ def _pretrained(name, data, config, checkpoint, common):
     system = SYSTEMS[name]
     if system.pretrain is None: return None, None
     source = system.pretrain(data.catalogue_of(name), config).set_catalogue(data.catalogue_of(name))
-    return source, fit(source, data.store, "pretrain", epochs=config.pretrain_epochs, checkpoint=checkpoint,
-                       batch_size=config.pretrain_batch_size, title=f"{system.title}, pre-training", **common)
+    return source, fit(source, system.pretrain_store(data.store), "pretrain", epochs=config.pretrain_epochs,
+                       checkpoint=checkpoint, batch_size=config.pretrain_batch_size,
+                       title=f"{system.title}, pre-training", **common)
 
 # %% ../nbs/60_experiments.ipynb #result-fingerprint
 def result_fingerprint(
@@ -482,7 +485,8 @@ def result_fingerprint(
                 "exclude_seen precision").split()
     if SYSTEMS[name].pretrain: settings += ["pretrain_epochs", "pretrain_batch_size"]
     catalogue = data.catalogue_of(name)
-    tables = [catalogue.text_emb, catalogue.image_emb, *([catalogue.dropped_text_emb] if SYSTEMS[name].drops_words else [])]
+    tables = [catalogue.text_emb, catalogue.image_emb]
+    if SYSTEMS[name].drops_words: tables.append(catalogue.dropped_text_emb)
     return fingerprint(RESULT_VERSION, name, seed, [getattr(config, key) for key in settings], data.store.items,
                        data.store.offsets, data.store.stage, list(catalogue.item_tokens),
                        *(None if x is None else x.float().numpy() for x in tables),

@@ -50,7 +50,7 @@ SYSTEMS = {
     "markov": lambda **options: Markov(),
     "sasrec": lambda **options: SASRec(**SIZES | options),
     "gru4rec": lambda **options: step_by_step(**options),
-    "bert4rec": lambda **options: BERT4Rec(**SIZES | options),
+    "bert4rec": lambda **options: BERT4Rec(**SIZES | ({"cloze_rate": 0.} if options.get("dropout") == 0 else {}) | options),
     "content_text": lambda **options: ContentSASRec(text_size=TEXT_SIZE, **SIZES | options),
     "content_image": lambda **options: ContentSASRec(image_size=IMAGE_SIZE, **SIZES | options),
     "content_both": lambda **options: ContentSASRec(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, **SIZES | options),

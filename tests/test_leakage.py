@@ -133,7 +133,8 @@ def test_features_of_items_outside_training_change_no_digit_of_the_batches(name)
         model.start_epoch(store, 0)
         batch = prefix_batches(store, TRAIN, 50, 10)[0]
         assert not (batch.item_seq == PLANTED).any()
-        found.append((weights(model), model.encode_items(torch.arange(1, V + 1)).vectors, model.encode_sequence(batch)))
+        known = {key: x[:PLANTED] if x.ndim and len(x) == PLANTED + 1 else x for key, x in weights(model).items()}  # not its row
+        found.append((known, model.encode_items(torch.arange(1, V + 1)).vectors, model.encode_sequence(batch)))
     assert same(found[0][0], found[1][0])
     for a, b in zip(found[0][1:], found[1][1:]): torch.testing.assert_close(a, b, rtol=0, atol=0)
 
