@@ -50,6 +50,7 @@ class TwoTowers(nn.Module):
     max_len: int = 50  # longest history that `encode_sequence` takes; longer ones lose their oldest items
     causal: bool = False  # True if every position can be trained in one pass
     has_pretraining: bool = False  # True if `pretrain_loss` exists
+    moving_sizes: tuple[str, ...] = ()  # constructor arguments that training changes, such as the number of interests
     catalogue: Catalogue | None = None
 
     def set_catalogue(

@@ -247,10 +247,11 @@ def run_identity(
     store: SequenceStore,
 ) -> str:  # 16 hexadecimal digits
     "Take a fingerprint of the model's kind, sizes and features, its items, and the events it is trained on."
-    weights = model.state_dict()
-    shapes = {name: list(x.shape) for name, x in weights.items()}
+    weights, sizes = model.state_dict(), model._hub_mixin_config or {}
+    sizes = {name: size for name, size in sizes.items() if name not in model.moving_sizes}
+    shapes = {name: list(x.shape) for name, x in model.named_parameters()}
     features = {name: x.float().cpu().numpy() for name, x in model.named_buffers() if name not in weights}
-    return fingerprint(type(model).__name__, model._hub_mixin_config or {}, shapes, features,
+    return fingerprint(type(model).__name__, sizes, shapes, features,
                        list(model.catalogue.item_tokens), store.items, store.offsets, store.stage)
 
 # %% ../nbs/43_training.ipynb #plot-history

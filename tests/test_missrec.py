@@ -586,7 +586,7 @@ def test_sizes_of_the_paper():
     count = lambda model: (sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad))
     for n_items, extra in ((None, 0), (4385, 300 * 4386)):
         kind = {} if n_items is None else dict(transductive=True, n_items=n_items)
-        assert count(MISSRec(**paper, **kind).freeze_trunk()) == (1_719_513 + extra, 308_401 + extra)
+        assert count(MISSRec(**paper, **kind, frozen_trunk=True)) == (1_719_513 + extra, 308_401 + extra)
 
 
 FREE = {"kappa", "adapters.linear.text.weight", "adapters.linear.text.bias", "adapters.linear.image.weight", "adapters.linear.image.bias",
@@ -595,8 +595,7 @@ FREE = {"kappa", "adapters.linear.text.weight", "adapters.linear.text.bias", "ad
 
 @each_mode
 def test_a_frozen_trunk_stays_and_the_rest_learns(transductive):
-    model = build("missrec" if transductive else "content_missrec")
-    assert model.freeze_trunk() is model
+    model = build("missrec" if transductive else "content_missrec", frozen_trunk=True)
     free = FREE | ({"item_emb.weight"} if transductive else set())
     assert {name for name, p in model.named_parameters() if p.requires_grad} == free
     before = weights(model)

@@ -439,6 +439,16 @@ def test_a_phase_that_does_not_exist_says_so():
     with pytest.raises(NotImplementedError, match="SASRec has no pre-training"): fit(build("sasrec"), make_store(), "pretrain", **QUICK)
 
 
+@pytest.mark.parametrize("name", ["sasrec", "missrec", "content_missrec"])
+def test_the_same_model_goes_on(name, tmp_path):
+    "A cell that is run again continues its checkpoint, although the first run has changed the model's interests."
+    options = dict(batch_size=16, lr=.01, device="cpu", progress=False, patience=9)
+    whole, model = build(name), build(name)
+    fit(whole, make_store(), epochs=3, **options)
+    for epochs in (1, 3): fit(model, make_store(), epochs=epochs, checkpoint=tmp_path / "run.safetensors", **options)
+    assert same(weights(model), weights(whole))
+
+
 def test_identity_depends_on_what_is_trained():
     marks = [run_identity(model, store) for model, store in (
         (build("sasrec"), make_store()), (build("sasrec", seed=1), make_store()), (build("sasrec"), make_store(seed=1)),

@@ -171,6 +171,7 @@ def fused_score(
 # %% ../../nbs/55_models.missrec.ipynb #with-interests
 class WithInterests(Recommender):
     "Keep the interests of a catalogue; subclasses set `adapters`, `interest_ratio`, `interest_method` and the buffers."
+    moving_sizes = ("n_interests",)
 
     @torch.no_grad()
     def find_interests(
@@ -472,6 +473,7 @@ class MISSRec(InterestPretraining):
         keep_false_negatives: bool = False,  # as the released code: see `sequence_item_loss`
         released_alignment: bool = False,  # as the released code: item drop leaves the pictures where they were
         released_diversity: bool = False,  # as the released code: see `interest_diversity`
+        frozen_trunk: bool = False,  # train adapters, input normalisation, kappa and learned vectors only
     ):
         super().__init__()
         self.adapters = ItemAdapters(text_size, image_size, hidden_size, centred, masked_missing)
@@ -490,12 +492,7 @@ class MISSRec(InterestPretraining):
         self.word_drop_share = word_drop_share if text_size else 0.0
         self.keep_false_negatives, self.released_diversity = keep_false_negatives, released_diversity
         self.released_alignment = released_alignment and n_modalities == 2
-
-    def freeze_trunk(self) -> "MISSRec":  # the model itself
-        "Let only adapters, input normalisation, kappa and learned vectors train (parameter-efficient fine-tuning)."
-        self.trunk.requires_grad_(False)
-        self.inputs.position_emb.requires_grad_(False)
-        return self
+        for part in (self.trunk, self.inputs.position_emb): part.requires_grad_(not frozen_trunk)
 
 # %% ../../nbs/55_models.missrec.ipynb #plot-interest-attention
 def plot_interest_attention(
