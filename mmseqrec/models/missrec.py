@@ -283,7 +283,7 @@ class HistoryView:
     interest_seq: Tensor  # `[B, Q]`, interests of each history, 0 = padding
 
 def encode_histories(
-    model: "InterestHistories",  # with `inputs` and `trunk`
+    model: InterestItems,  # with `inputs` and `trunk`
     table: Tensor,  # `[N, D]`, tokens
     missing_token_mask: Tensor,  # `[N]`, True where the row is no token
     view: HistoryView,
