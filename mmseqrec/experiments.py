@@ -282,7 +282,7 @@ def _read_tables(config, folder, lap, progress):
         catalogue, encoders = _given_features(config, checked.table, items_path), None
         note = "Features were given as files; nothing was encoded."
     else:
-        default = "shipped" if source.startswith("the built-in") else "auto"
+        default = "shipped" if config.interactions is None and config.source is None else "auto"
         encoders = resolve_encoders(*(default if name == "auto" else name for name in
                                       (config.text_encoder, config.image_encoder)), device=config.device)
         reads_dropped = any(SYSTEMS[name].drops_words for name in config.systems or STANDARD)

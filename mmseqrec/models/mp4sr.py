@@ -8,14 +8,13 @@ Docs: https://mmseqrec.github.io/mmseqrec/models.mp4sr.html.md"""
 __all__ = ['Projections', 'pretraining_terms', 'StreamItems', 'StreamRecommender', 'MP4SR', 'MSM4SR']
 
 # %% ../../nbs/53_models.mp4sr.ipynb #imports
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..augment import draw_item_drop, draw_swaps, drop_items, swap_streams
 from ..contrastive import cross_modality_loss, next_item_loss
-from ..data.sequences import TRAIN, Batch, SequenceStore
+from ..data.sequences import Batch, SequenceStore
 from ..features.encoders import Catalogue
 from ..layers import init_weights
 from ..losses import full_softmax_cross_entropy, same_target_mask
@@ -82,8 +81,7 @@ class StreamItems(Recommender):
         epoch: int,  # ignored
     ) -> None:
         "Take the features' centre and spread over the training items, at the first epoch ever."
-        ids = np.unique(store.items[store.stage == TRAIN]).astype(np.int64)
-        self.m2se.items.fit_statistics(torch.from_numpy(ids).to(self.device))
+        self.m2se.items.fit_statistics(torch.from_numpy(store.training_items).to(self.device))
 
     def item_vectors(
         self,
