@@ -180,7 +180,7 @@ def provenance(
 def compute_or_load(
     path: str | Path,  # JSON file that holds the result
     compute: Callable[[], dict],  # makes the result, something JSON can hold
-    inputs: dict,  # everything the result depends on: data version, configuration, seeds, `RESULT_VERSION`
+    inputs: dict,  # everything the result depends on: data version, configuration, seeds, version of the code
 ) -> dict:  # `{"inputs", "fingerprint", "provenance", "result"}`
     "Load the result stored at `path` if it was made from `inputs`; otherwise compute and store it."
     mark = fingerprint(inputs)

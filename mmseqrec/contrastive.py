@@ -6,14 +6,15 @@ Docs: https://mmseqrec.github.io/mmseqrec/contrastive.html.md"""
 
 # %% auto #0
 __all__ = ['sequence_item_loss', 'sequence_sequence_loss', 'next_item_loss', 'cross_modality_loss', 'symmetric_nce',
-           'modality_combination_loss']
+           'modality_combination_loss', 'gather_rows']
 
 # %% ../nbs/33_contrastive.ipynb #imports
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import check_shape
+from .core import check_shape, n_processes, process_index
 from .losses import info_nce, same_target_mask
 
 # %% ../nbs/33_contrastive.ipynb #sequence-item
@@ -118,3 +119,31 @@ def modality_combination_loss(
              "text_text": (text[0], text[1], has_text), "both_both": (both[0], both[1], has_image | has_text)}
     terms = {name: symmetric_nce(a[rows], b[rows], temperature) for name, (a, b, rows) in pairs.items()}
     return {"loss": sum(terms.values()) / len(terms), **terms}
+
+# %% ../nbs/33_contrastive.ipynb #gather
+class _GatherRows(torch.autograd.Function):
+    "Concatenate rows of all processes, `counts[r]` from process r; the gradient of the own rows goes back, times W."
+    @staticmethod
+    def forward(ctx, x, counts):
+        ctx.counts = counts
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[:len(x)] = x
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        start = sum(ctx.counts[:process_index()])
+        return grad[start:start + ctx.counts[process_index()]] * len(ctx.counts), None
+
+def gather_rows(
+    *tensors: Tensor,  # `[N, ...]` each, N rows of this process; processes may have different N
+) -> tuple[Tensor, ...]:  # `[N_0 + N_1 + ..., ...]` each, the rows of all processes in their order
+    "Gather rows of all processes, with gradients; all must then compute the same loss of them."
+    if n_processes() == 1: return tensors
+    own = torch.tensor([len(tensors[0])], device=tensors[0].device)
+    counts = [torch.empty_like(own) for _ in range(n_processes())]
+    dist.all_gather(counts, own)
+    counts = torch.cat(counts).tolist()
+    return tuple(_GatherRows.apply(x.contiguous(), counts) for x in tensors)

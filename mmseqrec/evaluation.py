@@ -6,7 +6,7 @@ Docs: https://mmseqrec.github.io/mmseqrec/evaluation.html.md"""
 
 # %% auto #0
 __all__ = ['rank_batch', 'Evaluation', 'user_means', 'evaluate', 'quantile_groups', 'slice_table', 'popularity_groups',
-           'history_groups', 'plot_slices', 'compare']
+           'history_groups', 'plot_slices', 'compare_evaluations']
 
 # %% ../nbs/42_evaluation.ipynb #imports
 import textwrap
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .core import from_all, n_processes, process_index
 from .data.sequences import TEST, Batch, SequenceStore, evaluation_batches
 from .figures import COLORS
 from .metrics import (bootstrap_interval, count_better, coverage_at_k, mrr, ndcg_at_k, novelty,
                               paired_test, ranks_from_counts, recall_at_k)
-from .recommender import Items, Recommender
+from .recommender import Items, Recommender, encode_catalogue
 
 # %% ../nbs/42_evaluation.ipynb #rank-batch
 def rank_batch(
@@ -116,6 +117,7 @@ def evaluate(
     n_top: int = 10,  # length of the lists that are kept
     max_elements: int = 1 << 24,  # scores held at once
     progress: bool = False,  # show a progress bar
+    shared: bool = False,  # each process, all of which must call this, ranks its share of the batches
 ) -> Evaluation:
     "Rank the held-out events of `stage` against the whole catalogue."
     events, device, was_training = store.rows(stage), model.device, model.training
@@ -124,14 +126,17 @@ def evaluate(
         raise ValueError(f"the events know {store.n_items} items, the recommender's catalogue "
                          f"{getattr(model.catalogue, 'n_items', 'none')}; call set_catalogue with the same items")
     model.eval()
-    items = model.encode_items()
+    items = encode_catalogue(model)
     ranks, top = np.zeros(len(events)), np.zeros((len(events), min(n_top, len(items))), np.int64)
-    for batch in tqdm(evaluation_batches(store, stage, batch_size, model.max_len), "ranking", disable=not progress):
+    batches = evaluation_batches(store, stage, batch_size, model.max_len)
+    if shared: batches = batches[process_index()::n_processes()]
+    for batch in tqdm(batches, "ranking", disable=not progress):
         row, seen = batch.row.numpy(), None
         if exclude_seen: seen = tuple(torch.from_numpy(x).to(device) for x in store.seen_items(events[row]))
         batch_ranks, batch_top = rank_batch(model, items, batch.to(device), seen, n_top, max_elements)
         ranks[row], top[row] = batch_ranks.cpu().numpy(), batch_top.cpu().numpy()
     model.train(was_training)
+    if shared: ranks, top = (sum(parts) for parts in zip(*from_all(lambda: (ranks, top))))
     return Evaluation(ranks, store.items[events].astype(np.int64), store.user[events], store.history_length(events),
                       top, store.n_items)
 
@@ -203,7 +208,7 @@ def plot_slices(
     return ax
 
 # %% ../nbs/42_evaluation.ipynb #compare
-def compare(
+def compare_evaluations(
     evaluation: Evaluation,
     other: Evaluation,  # of the same rows
     metric: str = "ndcg@10",  # as in `Evaluation.values`

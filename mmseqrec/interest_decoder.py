@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import check_shape
-from .layers import TransformerBlock
+from .layers import Dropout, TransformerBlock, drops_openly, open_attention
 
 # %% ../nbs/35_interest_decoder.ipynb #cross-attention
 class CrossAttention(nn.Module):
@@ -27,7 +27,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         if hidden_size % n_heads:
             raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of n_heads ({n_heads})")
-        self.n_heads, self.dropout = n_heads, dropout
+        self.n_heads, self.dropout = n_heads, Dropout(dropout)
         self.query = nn.Linear(hidden_size, hidden_size)
         self.key_value = nn.Linear(hidden_size, 2 * hidden_size)
         self.output = nn.Linear(hidden_size, hidden_size)
@@ -40,17 +40,31 @@ class CrossAttention(nn.Module):
         return_attention: bool = False,  # also return the weights
     ) -> Tensor | tuple[Tensor, Tensor]:  # `[B, L, D]`, and the weights `[B, H, L, Q]` if asked for
         "Let each row of `x` look at the rows of `context`; zeros, and weights of zero, where it is empty."
-        q, k, v = (part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-                   for part in (self.query(x), *self.key_value(context).chunk(2, -1)))  # [B, H, L or Q, D/H]
+        q = self.query(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [B, H, L, D/H]
         is_empty = context_pad_mask.all(1)[:, None, None]
-        hidden = (context_pad_mask[:, None] & ~is_empty)[:, None]  # [B, 1, 1, Q]
-        dropout = self.dropout if self.training else 0.0
-        if return_attention:
-            weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf).softmax(-1)
-            y = F.dropout(weights, dropout) @ v
-        else: y = F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden, dropout_p=dropout)
+        hidden = context_pad_mask & ~is_empty[:, 0]
+        if x.shape[1] == 1: y, weights = _look_once(self, q, context, hidden)
+        else:
+            k, v = self.key_value(context).unflatten(-1, (2, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, Q, D/H]
+            if return_attention or drops_openly(self.dropout, q):
+                y, weights = open_attention(q, k, v, hidden, False, self.dropout)
+            else: y = F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden[:, None, None],
+                                                     dropout_p=self.dropout.p * self.training)
         y = self.output(y.transpose(1, 2).flatten(2)).masked_fill(is_empty, 0)
         return (y, weights.masked_fill(is_empty[:, None], 0)) if return_attention else y
+
+# %% ../nbs/35_interest_decoder.ipynb #look-once
+def _look_once(attention, q, context, hidden):
+    "Answer one query a row `[B, H, 1, D/H]` without making keys and values; return the weights `[B, H, 1, Q]` too."
+    key, value = attention.key_value.weight.unflatten(0, (2, attention.n_heads, -1))  # [H, D/H, D]
+    bias = attention.key_value.bias.unflatten(0, (2, attention.n_heads, -1))[1]  # [H, D/H]
+    questions = torch.einsum("bhd,hdf->bhf", q[:, :, 0] / q.shape[-1] ** 0.5, key)  # [B, H, D]
+    blind = torch.zeros_like(hidden, dtype=questions.dtype).masked_fill(hidden, -torch.inf)[:, None]
+    weights = (questions @ context.mT.to(questions) + blind).softmax(-1)  # [B, H, Q]
+    used = attention.dropout(weights)
+    seen = used.to(context) @ context  # [B, H, D]
+    y = torch.einsum("bhf,hdf->bhd", seen, value) + used.sum(-1, keepdim=True) * bias
+    return y[:, :, None], weights[:, :, None]
 
 # %% ../nbs/35_interest_decoder.ipynb #context-block
 class ContextBlock(TransformerBlock):
@@ -63,7 +77,7 @@ class ContextBlock(TransformerBlock):
         dropout: float = 0.0,  # share of hidden units, and of attention weights, dropped in training
     ):
         super().__init__(hidden_size, n_heads, inner_size, dropout, dropout)
-        self.feed_forward.insert(2, nn.Dropout(dropout))
+        self.feed_forward.insert(2, Dropout(dropout))
 
 # %% ../nbs/35_interest_decoder.ipynb #decoder-block
 class InterestDecoderBlock(nn.Module):
@@ -78,10 +92,10 @@ class InterestDecoderBlock(nn.Module):
         super().__init__()
         self.self_attention = CrossAttention(hidden_size, n_heads, dropout)
         self.cross_attention = CrossAttention(hidden_size, n_heads, dropout)
-        self.feed_forward = nn.Sequential(nn.Linear(hidden_size, inner_size), nn.GELU(), nn.Dropout(dropout),
+        self.feed_forward = nn.Sequential(nn.Linear(hidden_size, inner_size), nn.GELU(), Dropout(dropout),
                                           nn.Linear(inner_size, hidden_size))
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_size, eps=1e-12) for _ in range(3))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

@@ -52,13 +52,13 @@ def _rows_at_once(tokens, width, block):
     "Count the rows of `width` numbers that fit a block."
     return max(1, (block or (1 << 22 if tokens.device.type == "cpu" else 1 << 24)) // max(width, 1))
 
-def _nearest(tokens, centers, block=None):
-    "Find the nearest centre of each token and the squared distance to it: `(place [N], distance [N])`."
+def _nearest(tokens, centers, block=None, rows=None):
+    "Find the nearest centre of each token, or of some `rows`, and the squared distance: `(place [N], distance [N])`."
     shift = centers.mean(0)  # changes no distance, and keeps rounding errors small
     centers = centers - shift
     half, found = centers.square().sum(1) / 2, []
-    for part in tokens.split(_rows_at_once(tokens, max(centers.shape), block)):
-        part = part - shift
+    for part in (tokens if rows is None else rows).split(_rows_at_once(tokens, max(centers.shape), block)):
+        part = (part if rows is None else tokens[part]) - shift
         with torch.autocast(tokens.device.type, enabled=False):
             least, place = torch.addmm(half, part, centers.T, alpha=-1).min(1)
         found.append((place, (part.square().sum(1) + 2 * least).clamp(min=0)))
@@ -70,7 +70,7 @@ def _check_tokens(tokens, n_clusters):
     check_shape(tokens, "N D")
     if n_clusters < 1 or not len(tokens):
         raise ValueError(f"there must be at least one token and one cluster, got {len(tokens)} and {n_clusters}")
-    if not tokens.isfinite().all():
+    if not all(x.isfinite() for x in tokens.aminmax()):
         row = int((~tokens.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"token {row} holds a number that is not finite; leave it out or mark it as missing")
     return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
@@ -78,11 +78,12 @@ def _check_tokens(tokens, n_clusters):
 def _distinct(tokens):
     "Find the tokens that differ: `(first [n] ascending, place [N])`, so that `tokens[first[place]]` are the tokens."
     N, D = tokens.shape
-    factors = torch.randint(-2**62, 2**62, (D,), generator=torch.Generator().manual_seed(0)).to(tokens.device)
-    keys = []
+    keys, generator = [], torch.Generator().manual_seed(0)
+    factors = torch.randint(-2**62, 2**62, (D,), generator=generator).to(tokens.device)
     for part in tokens.split(_rows_at_once(tokens, D, None)):
-        bits = (part + 0.0).view(torch.int32 if part.element_size() == 4 else torch.int64).long() * 0x9E3779B97F4A7C1
-        keys.append(((bits ^ bits >> 29) * factors).sum(1))  # equal rows have equal keys, others about never
+        whole = torch.int64 if part.element_size() * D % 8 == 0 else torch.int32  # two floats at once
+        bits = (part + 0.0).contiguous().view(whole).long() * 0x9E3779B97F4A7C1
+        keys.append(((bits ^ bits >> 29) * factors[:bits.shape[1]]).sum(1))  # other rows about never share a key
     place = torch.cat(keys).unique(return_inverse=True)[1]
     rows = torch.arange(N, device=tokens.device)
     first = rows.new_full((int(place.max()) + 1,), N).scatter_reduce_(0, place, rows, "amin")
@@ -91,16 +92,19 @@ def _distinct(tokens):
 
 # %% ../nbs/34_interests.ipynb #seeds
 def _draw_centers(tokens, counts, n_clusters, seed, block):
-    "Draw tokens in up to eight rounds, later ones with probability proportional to squared distance."
+    "Draw tokens in up to eight rounds, by squared distance after the first; also find nearest ones, as `_nearest`."
     generator, drawn = torch.Generator().manual_seed(seed), []
     weight, distance = counts.to(tokens.dtype), torch.full_like(tokens[:, 0], torch.inf)
-    for part in torch.arange(n_clusters).chunk(8):
+    place = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    for part in torch.arange(n_clusters, device=tokens.device).chunk(8):
         luck = torch.empty(len(tokens), dtype=tokens.dtype).exponential_(generator=generator).to(tokens.device)
         new = (weight / luck).sort(descending=True, stable=True).indices[:len(part)]
-        distance = torch.minimum(distance, _nearest(tokens, tokens[new], block)[1]).index_fill_(0, new, -torch.inf)
+        near, squares = _nearest(tokens, tokens[new], block)
+        place = torch.where(squares < distance, part[near], place).index_copy_(0, new, part)
+        distance = torch.minimum(distance, squares).index_fill_(0, new, -torch.inf)
         weight = counts * distance
         drawn.append(new)
-    return tokens[torch.cat(drawn)]
+    return tokens[torch.cat(drawn)], place, distance.clamp_(min=0)
 
 # %% ../nbs/34_interests.ipynb #kmeans-parts
 def _mean_of_clusters(tokens, counts, cluster, n_clusters):
@@ -122,6 +126,22 @@ def _fill_empty(tokens, centers, cluster, distance):
         sizes = cluster.bincount(minlength=len(centers))
     return cluster
 
+# %% ../nbs/34_interests.ipynb #again
+def _nearest_again(tokens, centers, old, cluster, distance, block):
+    "Find nearest centres like `_nearest`, knowing those among the `old` centres: `cluster` and `distance`."
+    moved = (centers != old).any(1)
+    lost = moved[cluster]
+    rows, rest, new = lost.nonzero()[:, 0], (~lost).nonzero()[:, 0], moved.nonzero()[:, 0]
+    if 4 * (len(rows) * len(centers) + len(rest) * len(new)) > 3 * len(tokens) * len(centers):
+        return _nearest(tokens, centers, block)
+    cluster, distance = cluster.clone(), distance.clone()
+    if len(rows): cluster[rows], distance[rows] = _nearest(tokens, centers, block, rows)
+    if len(rest) and len(new):
+        near, squares = _nearest(tokens, centers[new], block, rest)
+        closer = (squares < distance[rest]) | ((squares == distance[rest]) & (new[near] < cluster[rest]))
+        cluster[rest[closer]], distance[rest[closer]] = new[near][closer], squares[closer]
+    return cluster, distance
+
 # %% ../nbs/34_interests.ipynb #kmeans
 @torch.no_grad()
 def cluster_kmeans(
@@ -135,13 +155,13 @@ def cluster_kmeans(
     "Cluster by k-means until no token changes its cluster; no cluster is empty. Raises `ValueError` for no tokens."
     tokens = _check_tokens(tokens, n_clusters)
     first, place = _distinct(tokens)
-    tokens, counts = tokens[first], place.bincount()
-    centers = _draw_centers(tokens, counts, min(n_clusters, len(tokens)), seed, block)
-    cluster, distance = _nearest(tokens, centers, block)
+    tokens, counts = tokens if len(first) == len(tokens) else tokens[first], place.bincount()
+    centers, cluster, distance = _draw_centers(tokens, counts, min(n_clusters, len(tokens)), seed, block)
     for _ in range(max_steps):
+        old = centers.clone()
         before = _fill_empty(tokens, centers, cluster, distance)
         centers = _mean_of_clusters(tokens, counts, before, len(centers))
-        cluster, distance = _nearest(tokens, centers, block)
+        cluster, distance = _nearest_again(tokens, centers, old, before, distance, block)
         if history is not None: history.append(((distance * counts).sum() / counts.sum()).item())
         if torch.equal(cluster, before): break
     return centers, _fill_empty(tokens, centers, cluster, distance)[place]

@@ -34,9 +34,11 @@ def count_better(
     invalid = scores.amax(1).isnan() | target_scores.isnan()
     if invalid.any():
         raise ValueError(f"the scores of query {int(invalid.nonzero()[0])} hold NaN; a NaN cannot be ranked")
-    target = target_scores[:, None]
-    greater, ties = ((scores > target).sum(1, dtype=torch.int32).long(),  # int32 sums are twice as fast
-                     (scores == target).sum(1, dtype=torch.int32).long())
+    greater, ties = torch.zeros(2, len(scores), dtype=torch.int64, device=scores.device)
+    step = max(1, (1 << 18 if scores.device.type == "cpu" else 1 << 24) // scores.shape[1])
+    for part, target, above, level in zip(*(x.split(step) for x in (scores, target_scores[:, None], greater, ties))):
+        above += (part > target).sum(1, dtype=torch.int32)  # int32 sums are twice as fast
+        level += (part == target).sum(1, dtype=torch.int32)
     if target_column is not None:
         own = scores.gather(1, target_column.clamp(min=0)[:, None])[:, 0]  # the target's score, seen as a candidate
         here = target_column >= 0

@@ -11,8 +11,9 @@ __all__ = ['DPI', 'STYLE', 'PRINT_STYLE', 'escape', 'format_number', 'format_sec
            'systems_html', 'beyond_accuracy', 'metrics_html', 'plot_systems', 'plot_beyond', 'twins', 'twins_html',
            'plot_loss', 'plot_validation', 'plot_pretraining_terms', 'plot_report_slices', 'choose_examples',
            'item_titles', 'item_card', 'example_html', 'choose_pictured', 'keyword_card', 'keywords_html',
-           'map_vectors', 'shared_words', 'map_words', 'item_map', 'plot_item_map', 'statistics_html', 'reproduce_html',
-           'result_sections', 'pretraining_section', 'data_sections', 'report_html', 'write_report']
+           'first_pictures', 'interests_html', 'map_vectors', 'shared_words', 'map_words', 'item_map', 'plot_item_map',
+           'statistics_html', 'reproduce_html', 'result_sections', 'pretraining_section', 'data_sections',
+           'report_html', 'write_report']
 
 # %% ../nbs/80_report.ipynb #imports
 import base64
@@ -35,11 +36,13 @@ from .data.interactions import plot_history_lengths, plot_long_tail
 from .data.items import ItemTable
 from .data.sequences import TEST
 from .evaluation import history_groups, plot_slices, popularity_groups, slice_table, user_means
-from .experiments import Result, Run
+from .experiments import SYSTEMS, Result, Run
 from .features.encoders import Catalogue
 from .features.keywords import STOP_WORDS, split_words
 from .figures import COLORS, figure_to_png, plot_bars, set_style
+from .interests import Interests, plot_interests
 from .metrics import bootstrap_interval, paired_test
+from .models.missrec import MISSRec
 from .viz.embeddings import pca_2d, plot_map, plot_picture_map, umap_2d
 
 # %% ../nbs/80_report.ipynb #escape
@@ -94,12 +97,18 @@ DPI = 150  # figures are shown at two thirds of their dots
 def figure_html(
     figure: plt.Figure | plt.Axes,  # what a `plot_*` function returned; it is closed
     caption: str,  # how to read it; plain text
+    n_colors: int | None = None,  # keep to so many colours, for sheets of pictures; all by default
 ) -> str:
     "Write a figure with its caption as HTML."
     content = figure_to_png(figure, dpi=DPI)
-    with Image.open(io.BytesIO(content)) as picture: width = round(picture.width * 100 / DPI)
+    with Image.open(io.BytesIO(content)) as picture:
+        width, buffer = round(picture.width * 100 / DPI), io.BytesIO()
+        if n_colors: picture.convert("RGB").quantize(n_colors).save(buffer, format="PNG", optimize=True)
+    content = buffer.getvalue() or content
     return (f'<figure><img src="{data_uri(content)}" width="{width}" alt="{escape(caption)}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>")
+
+def _pair(*figures): return f'<div class="{"pair" if len(figures) > 1 else "solo"}">{"".join(figures)}</div>'
 
 def _how(text): return f'<p class="how">{escape(text)}</p>'
 
@@ -523,10 +532,11 @@ def plot_validation(
 
 # %% ../nbs/80_report.ipynb #pretraining-curves
 def _term_style(name):
-    "Choose colour and line of a loss term by its name, such as `nip_text`."
+    "Choose colour and line of a loss term by its name, such as `nip_text` or `sequence_item`."
     if name == "loss": return dict(color=COLORS["ink"], label="sum", linewidth=2)
     kind, _, space = name.partition("_")
-    return dict(color=COLORS.get(space, COLORS["both"]), label=f"{kind.upper()} {space}".strip(),
+    if kind not in ("nip", "cmcl"): return dict(label=name.replace("_", " to "))  # colours of the style, in order
+    return dict(color=COLORS.get(space, COLORS["both"]), label=f"{kind.upper()} {space}",
                 linestyle="--" if kind == "cmcl" else "-")
 
 def plot_pretraining_terms(
@@ -661,6 +671,27 @@ def keywords_html(
            "the item's own text. That text does not say the others: the picture shows them, or the encoder errs.")
     return _how(how) + f'<div class="pair">{"".join(keyword_card(run, row) for row in choose_pictured(run, n))}</div>'
 
+# %% ../nbs/80_report.ipynb #interests
+def first_pictures(
+    items: ItemTable,  # aligned with the catalogue
+) -> list[Path | None]:  # `[V + 1]` files; `None` where no picture can be read
+    "Choose each item's first picture that can be read."
+    return [next((Path(path) for path in files if thumbnail(path, 8)), None) for files in items.images]
+
+def interests_html(
+    run: Run,
+) -> str:  # empty if no MISSRec was run, or if it read one modality only
+    "Show the largest interests of the first MISSRec as rows of pictures."
+    first = next((r for r in run.results if "missrec" in (r.system, SYSTEMS[r.system].variant_of)), None)
+    model = None if first is None else MISSRec.from_pretrained(str(first.folder))
+    if model is None or model.interest_of_item.shape[1] < 2: return ""
+    interests = Interests(model.interest_emb, model.interest_of_item)
+    figure = plot_interests(interests, first_pictures(run.data.items), title="")
+    n_interests, n_tokens = len(model.interest_emb) - 1, int((model.interest_of_item > 0).sum())
+    return _pair(figure_html(figure, f"The five largest of the {n_interests:,} interests that {first.title} found for "
+                             f"{n_tokens:,} texts and pictures. Frames: blue, the text brought the item there; orange, "
+                             "the picture; green, both.", n_colors=96))
+
 # %% ../nbs/80_report.ipynb #map-vectors
 def map_vectors(
     catalogue: Catalogue,  # features
@@ -766,8 +797,6 @@ def reproduce_html(
             + f"<details><summary>Configuration as JSON</summary><pre><code>{escape(config)}</code></pre></details>")
 
 # %% ../nbs/80_report.ipynb #sections
-def _pair(*figures): return f'<div class="{"pair" if len(figures) > 1 else "solo"}">{"".join(figures)}</div>'
-
 def result_sections(
     run: Run,
     systems: Sequence[SystemSummary],  # of one run
@@ -838,9 +867,10 @@ def data_sections(
         "show their title."
     ) + examples
     if data.keywords is not None: sections["Pictures and their keywords"] = keywords_html(run)
+    if interests := interests_html(run): sections["Interests"] = interests
     if data.catalogue.text_emb is not None or data.catalogue.image_emb is not None:
         points, words, axes = item_map(run)
-        pictures = [next((p for p in files if thumbnail(p, 8)), None) for files in data.items.images[1:]]
+        pictures = first_pictures(data.items)[1:]
         maps = [figure_html(plot_item_map(points, words, axes), "Near means that the encoders find texts and pictures "
                             "alike. The words were chosen because their items lie together.")]
         if any(pictures):

@@ -73,7 +73,7 @@ def die_after_rename(n):
     return lambda: at(n, mmseqrec.artifacts.os, "replace", after)
 
 
-def die_validating(n): return lambda: at(n, mmseqrec.training, "evaluate", lambda *_: die())
+def die_validating(n): return lambda: at(n, mmseqrec.training, "evaluate", lambda *_, **__: die())
 
 
 TRAININGS = {  # the deaths of each run, in order

@@ -220,7 +220,12 @@ def test_a_run_prints_table_report_and_time(done):
     assert ran.stderr == ""
     for text in ("Popularity", "First-order Markov", "SASRec over content", "NDCG@10", str(folder / "report.html"),
                  "Everything took", "One seed: not a ranking"): assert text in ran.stdout
-    assert {"run.json", "report.html", "titles.json", "models"} <= {p.name for p in folder.iterdir()}
+    assert {"run.json", "report.html", "titles.json", "table.json", "models"} <= {p.name for p in folder.iterdir()}
+    table = {row["system"]: row for row in read_json(folder / "table.json")}
+    assert set(table) == {"popularity", "markov", "sasrec", "content_sasrec"} and "difference" in table["sasrec"]
+    for name, row in table.items():
+        ranks = load_file(folder / f"models/{name}-seed0/ranks.safetensors")["ranks"]
+        assert row["recall@50"]["value"] == pytest.approx((ranks <= 50).double().mean().item()) and "ndcg@50" in row
     assert not [p for p in folder.rglob("*") if p.name.endswith(".tmp") or ".tmp." in p.name]
     assert "mmseqrec run" in (folder / "report.html").read_text()
     assert read_json(folder / "titles.json")["it1"] == "A blue mug"

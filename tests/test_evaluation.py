@@ -9,7 +9,7 @@ import torch
 from mmseqrec.core import derive_seed
 from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import SequenceStore, collate
-from mmseqrec.evaluation import (Evaluation, compare, evaluate, history_groups, plot_slices, popularity_groups,
+from mmseqrec.evaluation import (Evaluation, compare_evaluations, evaluate, history_groups, plot_slices, popularity_groups,
                                  quantile_groups, rank_batch, slice_table, user_means)
 from mmseqrec.recommender import Items, Recommender, take_positions
 from small_world import SYSTEMS, V, build, make_catalogue, make_store
@@ -243,7 +243,7 @@ def test_numbers_lie_in_their_own_intervals():
     low, high = result.interval("recall@10")
     assert low <= result.metrics(ks=(10,))["recall@10"] <= high
     other = replace(result, ranks=result.ranks[::-1].copy())
-    assert compare(result, other, "recall@10")["difference"] == pytest.approx(
+    assert compare_evaluations(result, other, "recall@10")["difference"] == pytest.approx(
         result.metrics(ks=(10,))["recall@10"] - other.metrics(ks=(10,))["recall@10"], abs=1e-12)
 
 
@@ -263,18 +263,18 @@ def better(result, gain): return replace(result, ranks=np.maximum(1, result.rank
 def test_compare_pairs_users():
     result = some_evaluation(200, 60)
     up = better(result, 8)
-    found = compare(up, result, "mrr")
+    found = compare_evaluations(up, result, "mrr")
     a, b = (user_means(x.values("mrr"), x.user) for x in (up, result))
     assert found["difference"] == pytest.approx((a - b).mean(), abs=1e-12) and found["low"] > 0 and found["p_value"] < .01
-    back = compare(result, up, "mrr")
+    back = compare_evaluations(result, up, "mrr")
     assert back["difference"] == -found["difference"] and back["p_value"] == pytest.approx(found["p_value"], abs=.01)
-    assert compare(result, result)["p_value"] == 1
+    assert compare_evaluations(result, result)["p_value"] == 1
 
 
 def test_compare_refuses_other_rows():
     result = some_evaluation()
     for change in ({"pos_item": result.pos_item + 1}, {"user": result.user + 1}, {"pos_item": result.pos_item[:-1]}):
-        with pytest.raises(ValueError, match="different rows"): compare(result, replace(result, **change))
+        with pytest.raises(ValueError, match="different rows"): compare_evaluations(result, replace(result, **change))
 
 
 def test_figure():

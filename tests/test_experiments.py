@@ -212,6 +212,11 @@ def test_an_ablation_changes_what_is_pretrained_and_nothing_else(name, found, da
                                                                 "heads" in found)
     assert (tuned.max_len, tuned.m2se.state_dict().keys()) == (quick.max_len, model.m2se.state_dict().keys())
 
+def test_missrec_with_density_peaks_differs_in_its_clustering_only(data, quick):
+    plain, dpc = (SYSTEMS[name].build(data.catalogue, quick) for name in ("missrec_scratch", "missrec_dpc_scratch"))
+    assert (plain.interest_method, dpc.interest_method) == ("kmeans", "dpc_knn") and SYSTEMS["missrec_dpc_scratch"].pretrain is None
+    assert plain.state_dict().keys() == dpc.state_dict().keys() and str(plain) == str(dpc)
+
 @pytest.mark.parametrize("name", ["mp4sr_fixed_pooling", "mp4sr_unmasked_pooling"])
 def test_pooling_is_the_same_before_and_after(name, data, quick):
     both = [make(data.keyword_catalogue, quick) for make in (SYSTEMS[name].pretrain, SYSTEMS[name].build)]
@@ -326,12 +331,17 @@ def test_settings_of_pretraining_matter_to_who_is_pretrained(setting, data, quic
         marks = [result_fingerprint(name, 0, data, each) for each in (quick, replace(quick, **setting))]
         assert (marks[0] != marks[1]) == (system.pretrain is not None), name
     assert {name for name, system in SYSTEMS.items() if not system.pretrain and system.needs not in ("", "content")} == {
-        name for name in SYSTEMS if name.endswith("_scratch")} - {"missrec_scratch", "missrec_ids_scratch"}
+        name for name in SYSTEMS if name.endswith("_scratch")} - {"missrec_scratch", "missrec_ids_scratch", "missrec_dpc_scratch"}
 
 @pytest.mark.parametrize("setting", [dict(epochs=7), dict(lr=.5), dict(hidden_size=8), dict(patience=1)])
 def test_settings_of_training_matter_to_all(setting, data, quick):
     for name in SYSTEMS:
         assert result_fingerprint(name, 0, data, quick) != result_fingerprint(name, 0, data, replace(quick, **setting))
+
+def test_a_new_version_of_a_system_makes_its_results_old_and_no_others(data, quick, monkeypatch):
+    before = {name: result_fingerprint(name, 0, data, quick) for name in SYSTEMS}
+    monkeypatch.setitem(SYSTEMS, "sasrec", replace(SYSTEMS["sasrec"], result_version=99))
+    assert {name for name in SYSTEMS if result_fingerprint(name, 0, data, quick) != before[name]} == {"sasrec"}
 
 def test_keywords_matter_to_who_reads_them(data, quick):
     other = replace(data, keyword_catalogue=make_catalogue(seed=2))

@@ -12,9 +12,9 @@ import pytest
 
 from mmseqrec.data.interactions import (TEST, TRAIN, VALID, Interactions, Split, check_disjoint, combine_domains,
                                         drop_duplicates, encode_tokens, future_leakage, global_time_split,
-                                        hold_out_items, interaction_statistics, k_core, leave_one_out,
+                                        hold_out_items, interaction_statistics, k_core, leave_one_out, load_split,
                                         make_interactions, parse_times, plot_future_leakage, plot_history_lengths,
-                                        plot_long_tail, plot_split_timeline, read_interactions, read_table,
+                                        plot_long_tail, plot_split_timeline, read_interactions, read_table, save_split,
                                         select_events)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -496,3 +496,41 @@ def test_real_data_has_the_published_counts(name, users, items, count, shortest,
         assert triples(drop_duplicates(events)) == triples(events)
     core = k_core(events, 5, 5)
     assert core.lengths.min() >= 5 and core.item_counts[1:].min() >= 5
+
+
+# ---------------------------------------------------------------- keeping
+
+def test_a_saved_split_is_the_split(tmp_path):
+    events = random_events()
+    for split in (leave_one_out(events), hold_out_items(events, .2), leave_one_out(make_interactions(
+            pl.Series(["ä", "b", "ä"]), pl.Series(["x\n", "y", "y"]), np.array([.5, 1, 2.25]), "half"))):
+        again = load_split(save_split(split, tmp_path / "split"))
+        for name in ("user", "item", "time"):
+            own, found = getattr(split.interactions, name), getattr(again.interactions, name)
+            assert own.dtype == found.dtype and np.array_equal(own, found)
+        assert again.interactions.fingerprint == split.interactions.fingerprint
+        assert again.interactions.source == split.interactions.source
+        assert np.array_equal(again.stage, split.stage) and np.array_equal(again.cold_items, split.cold_items)
+        assert again.stage.dtype == split.stage.dtype
+    assert [path.name for path in tmp_path.iterdir()] == ["split"]
+
+
+def test_a_damaged_split_says_so(tmp_path):
+    folder = save_split(leave_one_out(random_events()), tmp_path / "split")
+    with pytest.raises(FileNotFoundError, match="no saved split"): load_split(tmp_path / "nowhere")
+    ids = json.loads((folder / "ids.json").read_text())
+    (folder / "ids.json").write_text(json.dumps({**ids, "item_tokens": ids["item_tokens"][:3]}))
+    with pytest.raises(ValueError, match="ids.json does not have"): load_split(folder)
+    (folder / "events.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="events.safetensors is damaged"): load_split(folder)
+
+
+def test_a_split_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    split = leave_one_out(random_events())
+    save_split(split, tmp_path / "split")
+    def full(*args): raise OSError("no space left on device")
+    monkeypatch.setattr("mmseqrec.data.interactions.write_json", full)
+    with pytest.raises(OSError): save_split(leave_one_out(random_events(1)), tmp_path / "split")
+    monkeypatch.undo()
+    assert load_split(tmp_path / "split").interactions.fingerprint == split.interactions.fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["split"]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from sklearn.metrics import adjusted_mutual_info_score
 from torch.overrides import TorchFunctionMode
 
-from mmseqrec.interests import (Interests, _distinct, _draw_centers, _fill_empty, _mean_of_clusters, _nearest,
+from mmseqrec import interests
+from mmseqrec.interests import (Interests, _distinct, _draw_centers, _fill_empty, _mean_of_clusters, _nearest, _nearest_again,
                                 assign_interests, cluster_dpc_knn, cluster_kmeans, count_interests, density_peaks,
                                 discover_interests, interest_sets, plot_clusters, plot_decision_graph, plot_interests)
 
@@ -150,7 +151,7 @@ def slow_kmeans(tokens, centers):
 @pytest.mark.parametrize("n_clusters", [1, 4, 12])
 def test_kmeans_equals_a_loop(n_clusters):
     tokens = random(60, 3)
-    start = _draw_centers(tokens, torch.ones(60, dtype=torch.long), n_clusters, seed=3, block=None)
+    start = _draw_centers(tokens, torch.ones(60, dtype=torch.long), n_clusters, seed=3, block=None)[0]
     centers, cluster = slow_kmeans(tokens.numpy(), start.numpy())
     found = cluster_kmeans(tokens, n_clusters, seed=3)
     np.testing.assert_allclose(found[0], centers, rtol=1e-9)
@@ -212,14 +213,14 @@ def test_draws_are_distinct_tokens_and_prefer_far_ones():
     tokens = torch.cat([.01 * random(97, 2), torch.tensor([[50., 0.], [0., 50.], [50., 50.]], dtype=torch.float64)])
     ones = torch.ones(100, dtype=torch.long)
     for seed in range(10):
-        drawn = _draw_centers(tokens, ones, 100, seed, None)
+        drawn = _draw_centers(tokens, ones, 100, seed, None)[0]
         assert len(drawn.unique(dim=0)) == 100
-        assert (_draw_centers(tokens, ones, 8, seed, None).norm(dim=1) > 10).sum() == 3
+        assert (_draw_centers(tokens, ones, 8, seed, None)[0].norm(dim=1) > 10).sum() == 3
 
 
 def test_draws_are_distinct_where_rounding_hides_distances():
     for seed in range(5):
-        drawn = _draw_centers(hard_to_tell_apart(), torch.ones(100, dtype=torch.long), 100, seed, None)
+        drawn = _draw_centers(hard_to_tell_apart(), torch.ones(100, dtype=torch.long), 100, seed, None)[0]
         assert len(drawn.unique()) == 100
 
 
@@ -521,3 +522,62 @@ def test_plot_interests_shows_members_and_what_brought_them():
     assert framed[0] == framed[6] and framed[1] == framed[4] and framed[2] == framed[3] != framed[1]
     chosen = plot_interests(Interests(torch.zeros(4, 2), of_item), pictures, shown=[3], n_cols=2, title="one")
     assert len(chosen.axes) == 2 and chosen.get_suptitle() == "one"
+
+
+def lloyd(tokens, n_clusters, seed, max_steps=50):
+    "k-means that compares every token with every centre in every step."
+    first, place = _distinct(tokens)
+    tokens, counts = tokens[first], place.bincount()
+    centers = _draw_centers(tokens, counts, min(n_clusters, len(tokens)), seed, None)[0]
+    cluster, distance = _nearest(tokens, centers)
+    for _ in range(max_steps):
+        before = _fill_empty(tokens, centers, cluster, distance)
+        centers = _mean_of_clusters(tokens, counts, before, len(centers))
+        cluster, distance = _nearest(tokens, centers)
+        if torch.equal(cluster, before): break
+    return centers, _fill_empty(tokens, centers, cluster, distance)[place]
+
+
+@pytest.mark.parametrize("n_clusters", [2, 40, 150, 299])
+@pytest.mark.parametrize("seed", range(3))
+def test_comparing_only_what_moved_changes_nothing(n_clusters, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(300, 6, generator=generator, dtype=torch.float64)
+    tokens[250:] = tokens[:50]
+    for fast, slow in zip(cluster_kmeans(tokens, n_clusters, seed, block=1000), lloyd(tokens, n_clusters, seed)):
+        torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+
+
+def test_few_comparisons_once_little_moves(monkeypatch):
+    tokens, compared = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)), []
+    own = interests._nearest
+    def counting(tokens, centers, block=None, rows=None):
+        compared.append(len(tokens if rows is None else rows) * len(centers))
+        return own(tokens, centers, block, rows)
+    monkeypatch.setattr(interests, "_nearest", counting)
+    history = []
+    cluster_kmeans(tokens, 1000, history=history)
+    assert 2 <= len(history) and sum(compared) < .7 * (len(history) + 2) * 2000 * 1000
+    assert sum(compared[:8]) == 2000 * 1000, "the rounds of drawing are one step"
+
+
+@pytest.mark.parametrize("n_moved", [0, 1, 30, 100])
+def test_nearest_again_equals_nearest(n_moved):
+    generator = torch.Generator().manual_seed(n_moved)
+    tokens, old = (torch.randint(0, 4, (n, 3), generator=generator).double() for n in (400, 100))  # many ties
+    centers = old.clone()
+    centers[torch.randperm(100, generator=generator)[:n_moved]] += 1
+    place, distance = _nearest(tokens, old)
+    known = place.clone(), distance.clone()
+    found, squares = _nearest_again(tokens, centers, old, place, distance, 500)
+    slow = torch.cdist(tokens, centers).square()  # among equals any may be found: sums are rounded
+    for distances in (squares, slow.gather(1, found[:, None])[:, 0]):
+        torch.testing.assert_close(distances, slow.amin(1), rtol=0, atol=1e-12)
+    assert torch.equal(place, known[0]) and torch.equal(distance, known[1]), "what is given is not changed"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_found(value):
+    tokens = torch.zeros(50, 4)
+    tokens[31, 2] = value
+    with pytest.raises(ValueError, match="token 31 holds"): cluster_kmeans(tokens, 3)

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from mmseqrec.core import set_seed
+from mmseqrec.data.sequences import collate
 from mmseqrec.features.encoders import catalogue_from_arrays
-from mmseqrec.layers import (AttentionPooling, Centring, ContentAdapter, ContentEmbedding, MixtureOfExperts,
+from mmseqrec.layers import (AttentionPooling, Centring, ContentAdapter, ContentEmbedding, Dropout, MixtureOfExperts,
                              MultiHeadAttention, SequenceEncoder, TransformerBlock, WhiteningExperts, check_features,
-                             init_weights)
+                             drops_openly, encode_ends, init_weights, open_attention)
 from small_world import IMAGE_SIZE, NO_IMAGE, NO_TEXT, NOTHING, TEXT_SIZE, V, make_catalogue
 
 CLOSE = dict(rtol=0, atol=1e-9)
@@ -505,13 +506,12 @@ def test_whitening_experts_in_training_equal_loops(monkeypatch):
     monkeypatch.setattr(module.dropout, "forward", lambda x: seen.append(drop(x)) or seen[-1])
     torch.manual_seed(3)
     found = module(f).detach()
-    dropped, = seen
+    dropped = torch.stack(seen)
     assert dropped.shape == (3, 5, F)
     for a, b in ((0, 1), (0, 2), (1, 2)): assert not torch.equal(dropped[a] == 0, dropped[b] == 0)
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], (2 * f.expand(3, -1, -1))[kept], **CLOSE)
     torch.manual_seed(3)
-    module.dropout(f.expand(3, -1, -1))
     n, p = torch.randn(5, 3, dtype=torch.float64), numbers(module)
     spread = np.log1p(np.exp(f.numpy() @ p["gate_noise"])) + .01
     logits = f.numpy() @ p["gate"] + n.numpy() * spread
@@ -682,3 +682,74 @@ def test_wrong_sizes_are_named(x):
     with pytest.raises(ValueError, match=r"\(L\).*must be 5, got 4"): module(x, PAD[:, :4])
     with pytest.raises(ValueError, match=r"\(B\).*must be 3, got 2"): module(x, PAD[:2])
     with pytest.raises(ValueError, match="3 axes"): module(x[0], PAD)
+
+
+# Dropout
+
+@pytest.mark.parametrize("p", [.1, .2, .5, .9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_dropout_zeroes_its_share_and_scales_the_others(p, dtype):
+    set_seed(0)
+    x, level = torch.full((401, 499), 2., dtype=dtype, requires_grad=True), round(p * 2 ** 16)
+    y = Dropout(p)(x)
+    expected = torch.tensor(2., dtype=dtype) * (2 ** 16 / (2 ** 16 - level))
+    assert y.dtype == dtype and sorted(y.unique().tolist()) == [0, expected.item()]
+    share = (y == 0).double().mean().item()
+    assert abs(share - level / 2 ** 16) < 5 * (p * (1 - p) / y.numel()) ** .5
+    y.sum().backward()
+    assert torch.equal(x.grad != 0, y != 0), "the gradient passes where the number passed"
+    torch.testing.assert_close(x.grad * 2, y.detach())
+
+
+def test_dropout_decisions_are_independent_and_follow_the_seed():
+    x, draws = torch.ones(50_000, 4), []
+    for seed in (1, 1, 2):
+        set_seed(seed)
+        draws.append(Dropout(.5)(x) > 0)
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    found = torch.corrcoef(draws[0].double().T) - torch.eye(4, dtype=torch.double)
+    assert found.abs().max() < .03, "the four decisions of one draw know nothing of each other"
+    assert abs(torch.corrcoef(torch.stack([draws[0].flatten()[:-1], draws[0].flatten()[1:]]).double())[0, 1]) < .02
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (5, 7), (0, 4), (2, 3, 5)], ids=str)
+def test_dropout_takes_any_shape(shape):
+    assert Dropout(.5)(torch.ones(shape)).shape == shape
+
+
+def test_dropout_at_the_ends_and_outside_training():
+    x = torch.randn(100)
+    assert torch.equal(Dropout(0.)(x), x) and not Dropout(1.)(x).any() and torch.equal(Dropout(.5).eval()(x), x)
+    with pytest.raises(ValueError, match="between 0 and 1"): Dropout(1.5)
+
+
+def test_dropout_of_a_transposed_tensor_keeps_its_places():
+    set_seed(0)
+    x = torch.arange(1., 13).view(3, 4).T
+    y = Dropout(.5)(x)
+    assert torch.equal(y[y != 0], 2 * x[y != 0])
+
+
+# Histories in pieces, attention between any queries and keys
+
+@pytest.mark.parametrize("piece_cost", [0, 5, None])
+def test_encode_ends_reads_each_history_at_its_end(piece_cost):
+    encoder = SequenceEncoder(8, inner_size=8).eval()
+    batch = collate([[1], [1, 2, 3], [4, 5], [1, 2, 3, 4, 5, 6], [7]], 10)
+    x = torch.randn(*batch.item_seq.shape, 8)
+    found = encode_ends(encoder, x, batch, piece_cost)
+    for row, n in enumerate(batch.item_seq_len.tolist()):
+        torch.testing.assert_close(found[row], encoder(x[row:row + 1, :n], batch.item_pad_mask[row:row + 1, :n])[0, -1])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_open_attention_equals_the_library(causal):
+    q, k, v = (torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in range(3))
+    pad_mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    y, weights = open_attention(q, k, v, pad_mask, causal, nn.Identity())
+    visible = torch.ones(5, 5).tril().bool() if causal else ~pad_mask[:, None, None]
+    torch.testing.assert_close(y, nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible))
+    torch.testing.assert_close(weights @ v, y)
+    assert not weights.masked_select(~visible).any()
+    assert not drops_openly(nn.Dropout(.1).eval(), q) and not drops_openly(nn.Dropout(0.), q) and drops_openly(nn.Dropout(.1), q)
+    assert not drops_openly(nn.Dropout(.1), q.to("meta"))

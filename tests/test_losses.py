@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmseqrec.losses import dot_score, full_softmax_cross_entropy, info_nce, interest_diversity, same_target_mask
+from mmseqrec.losses import (dot_score, full_softmax_cross_entropy, info_nce, interest_diversity, items_of_step,
+                             same_target_mask)
 
 CLOSE = dict(rtol=0, atol=1e-9)
 
@@ -341,3 +342,61 @@ def test_diversity_of_nothing_and_of_zeros_is_finite():
                 loss.backward()
                 assert loss.dtype == torch.float32 and loss.isfinite() and leaf.grad.isfinite().all()
     with pytest.raises(ValueError): interest_diversity(torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.bool))
+
+
+# A sample of the catalogue
+
+def test_weighted_candidates_equal_loops_with_all_gradients():
+    sequence, vectors, target = problem()
+    log_weight = torch.rand(11, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3
+    weight, total = log_weight.exp().tolist(), 0.
+    for row, wanted in zip(slow_scores(sequence, vectors), target.tolist()):
+        shares = [w * math.exp(s / .3) for w, s in zip(weight, row)]
+        total -= math.log(shares[wanted] / sum(shares)) / len(target)
+    u, c = sequence.numpy(), vectors.numpy()
+    p = np.exp(np.einsum("tsd,nsd->tn", u, c) / .3 + log_weight.numpy())
+    p /= p.sum(1, keepdims=True)
+    p[np.arange(len(p)), target.numpy()] -= 1
+    by_formula = np.einsum("tn,nsd->tsd", p, c) / .3 / len(p), np.einsum("tn,tsd->nsd", p, u) / .3 / len(p)
+    for max_elements in (11, 25, 1 << 25):
+        a, b = sequence.clone().requires_grad_(), vectors.clone().requires_grad_()
+        loss = full_softmax_cross_entropy(a, b, target, .3, max_elements=max_elements, log_weight=log_weight)
+        loss.backward()
+        assert loss.item() == pytest.approx(total, abs=1e-9)
+        for found, wanted in zip((a.grad, b.grad), by_formula): np.testing.assert_allclose(found, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("n_drawn", [None, 4, 11, 50])
+def test_the_items_of_a_step_are_found_where_it_says(n_drawn):
+    torch.manual_seed(0)
+    item_seq, pos_item = torch.tensor([[3, 7, 3], [9, 0, 0]]), torch.tensor([7, 2, 7, 12])
+    step = items_of_step(item_seq, pos_item, 12, n_drawn)
+    assert step.ids.tolist() == sorted(set(step.ids.tolist())) and step.ids.max() <= 12
+    assert torch.equal(step.ids[step.place], item_seq)
+    chosen = step.candidates(step.ids[:, None]).squeeze(1)
+    assert torch.equal(chosen[step.target], pos_item) and 0 not in chosen and len(chosen.unique()) == len(chosen)
+    assert len(chosen) == (12 if n_drawn in (None, 11, 50) else 3 + 4)
+    if n_drawn == 4: assert set(step.ids.tolist()) == {0, 3, 7, 9} | set(chosen.tolist())
+    else: assert step.log_weight is None or step.log_weight.abs().max() == 0
+
+
+def test_no_candidates_are_refused():
+    with pytest.raises(ValueError, match="n_candidates must be at least 1, got 0"):
+        items_of_step(torch.tensor([[1]]), torch.tensor([2]), 5, 0)
+
+
+def test_the_sampled_sum_is_right_on_average_and_the_loss_nearly():
+    torch.manual_seed(0)
+    sequence, vectors, _ = problem(T=3, N=40)
+    vectors = vectors * .4
+    target, sums, losses = torch.tensor([4, 4, 9]), [], []
+    scores = dot_score(sequence, vectors)
+    for _ in range(4000):
+        step = items_of_step(torch.tensor([[1]]), target + 1, 40, 10)
+        chosen = step.candidates(step.ids[:, None])[:, 0] - 1
+        sums.append((scores[:, chosen] + step.log_weight).exp().sum(1))
+        losses.append(full_softmax_cross_entropy(sequence, vectors[chosen], step.target, log_weight=step.log_weight))
+    sums, losses = torch.stack(sums), torch.stack(losses)
+    assert ((sums.mean(0) - scores.exp().sum(1)).abs() < 4 * sums.std(0) / 4000 ** .5).all()
+    whole = full_softmax_cross_entropy(sequence, vectors, target)
+    assert whole - .15 < losses.mean() < whole, "the logarithm of a mean is above the mean of logarithms"

@@ -13,7 +13,7 @@ import mmseqrec.training as training
 from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import SequenceStore, collate, evaluation_batches, position_batches, prefix_batches
-from mmseqrec.models.m2se import encode_last
+from mmseqrec.layers import encode_ends
 from mmseqrec.models.mp4sr import MP4SR, MSM4SR, Projections, pretraining_terms
 from mmseqrec.recommender import transfer_weights
 from mmseqrec.training import fit, training_batches
@@ -284,15 +284,15 @@ def test_mixup_opens_the_way_to_the_other_encoder(term, monkeypatch):
     ("content_msm4sr", "nip_image", {*IMAGE})])
 def test_as_a_target_an_item_teaches_only_the_encoder_of_the_modality(name, term, expected, monkeypatch):
     "Histories give no gradient here, whatever was swapped in them."
-    original = mp4sr.encode_last
-    monkeypatch.setattr(mp4sr, "encode_last", lambda *args: original(*args).detach())
+    original = mp4sr.encode_ends
+    monkeypatch.setattr(mp4sr, "encode_ends", lambda *args: original(*args).detach())
     assert reached(shaken(name), term, asking(DISTINCT)) - {"text head", "image head"} == expected
 
 
 @each_kind
 def test_agreement_looks_at_no_target(name, monkeypatch):
-    original = mp4sr.encode_last
-    monkeypatch.setattr(mp4sr, "encode_last", lambda *args: original(*args).detach())
+    original = mp4sr.encode_ends
+    monkeypatch.setattr(mp4sr, "encode_ends", lambda *args: original(*args).detach())
     model = shaken(name, nip_weight=0.)
     found = [term for term in model.pretrain_loss(asking(DISTINCT)) if term.startswith("cmcl")]
     if name == "content_msm4sr": assert not model.pretrain_loss(asking(DISTINCT))["cmcl"].requires_grad
@@ -616,7 +616,7 @@ def test_pretraining_understands_a_ring(name):
     """All terms fall, NIP far below what knowing nothing costs, and the held-out next step is nearest in the very spaces
     that were trained: after the heads, where there are some."""
     store = ring_store(24)
-    model = build(name, make_catalogue(whole=True), dropout=.1, attention_dropout=0.)
+    model = build(name, make_catalogue(whole=True), dropout=.1, attention_dropout=0., cmcl_weight=.1)
     history = fit(model, store, "pretrain", epochs=20, batch_size=32, lr=.02, device="cpu", progress=False, patience=20)
     first, last = history.epochs[0], history.epochs[-1]
     for term in last:
@@ -624,7 +624,7 @@ def test_pretraining_understands_a_ring(name):
         if term.startswith("cmcl"): assert last[term] < first[term], term
     batch, = evaluation_batches(store, VALID, 100, model.max_len)
     with torch.no_grad():
-        h, targets = encode_last(model.m2se, model.m2se.items()[batch.item_seq], batch), model.encode_items().vectors
+        h, targets = encode_ends(model.m2se, model.m2se.items()[batch.item_seq], batch), model.encode_items().vectors
         own = torch.nn.functional.normalize(h if model.heads is None else model.heads(h)[:, :, 0], dim=-1)
     nearest = torch.einsum("bsd,nsd->bn", own, targets).argmax(1) + 1
     assert (nearest == batch.pos_item).float().mean() > 5 / V

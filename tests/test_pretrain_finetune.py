@@ -1,41 +1,23 @@
-"The paired comparison against SciPy, the list of trainings, and the stored grid against a tiny live one."
+"The list of trainings, the grids that are stored, what of them is of today's code, and the curves."
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import stats
 
+import mmseqrec.compare as compare
 from mmseqrec.artifacts import artifact_path, fingerprint, read_json
-from mmseqrec.experiments import RESULT_VERSION
-from mmseqrec.pretrain_finetune import (GRID, MOVIES, QUESTIONS, STUDENT, SWITCHES, grid_jobs, paired_over_seeds, plot_curves,
-                                        plot_differences, stored_grid, tiny_grid)
+from mmseqrec.compare import outdated, paired_over_seeds, run_tiny
+from mmseqrec.pretrain_finetune import (AGAIN, GRID, MOVIES, QUESTIONS, SWITCHES, TINY_GRID, grid_jobs, plot_curves,
+                                        store_answers)
+
+CONFIGS = {"marketplace": GRID, "ml1m": MOVIES, "again": AGAIN}
 
 
 @pytest.fixture(scope="module")
 def stored(): return read_json(artifact_path("pretraining", "marketplace.json"))
 
-
-def rows(**values): return [{"system": name, "seed": s, "ndcg@10": v} for name, row in values.items() for s, v in row.items()]
-
-
-@pytest.mark.parametrize("n", [2, 3, 10, 11])
-def test_interval_over_seeds_is_students(n):
-    rng = np.random.default_rng(n)
-    a, b = rng.normal(.1, .01, n), rng.normal(.09, .01, n)
-    found = paired_over_seeds(rows(a=dict(enumerate(a)), b=dict(enumerate(b))), "a", "b")
-    expected = stats.ttest_rel(a, b).confidence_interval(.95)
-    assert found["low"] == pytest.approx(expected.low, abs=1e-5) and found["high"] == pytest.approx(expected.high, abs=1e-5)
-    assert found["difference"] == pytest.approx((a - b).mean()) and found["wins"] == (a > b).sum() and found["n"] == n
-
-
-def test_students_factors():
-    np.testing.assert_allclose(STUDENT, stats.t.ppf(.975, np.arange(1, 11)), atol=5e-4)
-
-
-def test_only_seeds_of_both_are_compared():
-    found = paired_over_seeds(rows(a={0: .2, 1: .3, 2: .9}, b={1: .1, 0: .1, 7: .5}), "a", "b")
-    np.testing.assert_allclose(found["differences"], [.1, .2])
-    with pytest.raises(ValueError, match="a and b have 1 seeds in common"): paired_over_seeds(rows(a={0: 1}, b={0: 1}), "a", "b")
+@pytest.fixture(scope="module")
+def again(): return read_json(artifact_path("pretraining", "again.json"))
 
 
 def test_jobs_are_few_and_in_a_useful_order():
@@ -48,16 +30,22 @@ def test_jobs_are_few_and_in_a_useful_order():
     assert len(grid_jobs(replace(GRID, seeds=(4, 5)), switch_seeds=1)) < len(jobs)
 
 
-def test_stored_grid_is_of_this_configuration(stored):
-    assert stored["fingerprint"] == fingerprint({"config": GRID.to_dict(), "result_version": RESULT_VERSION})
-    assert {(run["system"], run["seed"]) for run in stored["result"]["runs"]} == set(grid_jobs())
-    assert "torch" in stored["provenance"]["versions"]
+@pytest.mark.parametrize("name", CONFIGS)
+def test_stored_grids_are_of_their_configuration(name):
+    record = read_json(artifact_path("pretraining", f"{name}.json"))
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in CONFIGS[name].to_dict().items()}
+    assert record["fingerprint"] == fingerprint(record["inputs"]) and record["inputs"]["config"] == plain
+    assert {(run["system"], run["seed"]) for run in record["result"]["runs"]} == set(grid_jobs(CONFIGS[name]))
+    assert "torch" in record["provenance"]["versions"]
 
 
-def test_stored_films_are_of_their_configuration_and_hold_aggregates_only():
+def test_the_smaller_grid_is_of_todays_code(again):
+    assert outdated(again) == [], "raise no version without computing again.json anew"
+    assert {**AGAIN.to_dict(), "seeds": GRID.seeds, "systems": GRID.systems} == GRID.to_dict()
+
+
+def test_stored_films_hold_aggregates_only():
     films = read_json(artifact_path("pretraining", "ml1m.json"))
-    assert films["fingerprint"] == fingerprint({"config": MOVIES.to_dict(), "result_version": RESULT_VERSION})
-    assert {(run["system"], run["seed"]) for run in films["result"]["runs"]} == set(grid_jobs(MOVIES))
     assert films["result"]["note"].startswith("input not redistributable")
     assert set(films["result"]) == {"runs", "users", "statistics", "tiny", "note"}
     for question, pair in QUESTIONS.items():
@@ -66,12 +54,14 @@ def test_stored_films_are_of_their_configuration_and_hold_aggregates_only():
 
 
 def test_a_grid_is_stored_with_its_note(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmseqrec.pretrain_finetune.tiny_grid", lambda folder: {})
-    monkeypatch.setattr("mmseqrec.pretrain_finetune.run_grid", lambda *_: {"runs": [], "users": {}})
-    monkeypatch.setattr("mmseqrec.pretrain_finetune.prepare_data", lambda *_: type("Data", (), {"statistics": {"n_users": 3}}))
-    found = stored_grid(tmp_path / "grid.json", tmp_path, MOVIES, note="mine")
-    assert found["result"] == {"runs": [], "users": {}, "statistics": {"n_users": 3}, "tiny": {}, "note": "mine"}
-    assert found["inputs"]["config"]["max_len"] == 20
+    asked = []
+    monkeypatch.setattr(compare, "run_tiny", lambda config, folder: {"tiny of": config.systems})
+    monkeypatch.setattr(compare, "run_grid", lambda *args: asked.extend(args) or {"runs": [], "users": {}})
+    monkeypatch.setattr(compare, "prepare_data", lambda *_: type("Data", (), {"statistics": {"n_users": 3}}))
+    found = store_answers(tmp_path / "grid.json", tmp_path, MOVIES, note="mine")
+    assert found["result"] == {"runs": [], "users": {}, "statistics": {"n_users": 3}, "tiny": {"tiny of": list(TINY_GRID.systems)},
+                               "note": "mine"}
+    assert found["inputs"]["config"]["max_len"] == 20 and asked[3] == grid_jobs(MOVIES) and asked[4] == QUESTIONS
 
 
 def test_curves_hold_the_best_of_who_has_stopped():
@@ -88,14 +78,16 @@ def test_stored_users_agree_with_stored_runs(stored):
             assert stored["result"]["users"][question][metric]["difference"] == pytest.approx(over_seeds["difference"], abs=2e-6)
 
 
-def test_tiny_grid_is_as_stored(stored, tmp_path):
-    "If this fails after a change, the stored grid is stale: raise RESULT_VERSION and compute it anew."
-    live, kept = tiny_grid(tmp_path), stored["result"]["tiny"]
+def test_stored_users_of_today_agree_with_their_runs(again):
+    assert set(again["result"]["users"]) == set(QUESTIONS)
+    for question, pair in QUESTIONS.items():
+        over_seeds = paired_over_seeds(again["result"]["runs"], *pair)
+        assert again["result"]["users"][question]["ndcg@10"]["difference"] == pytest.approx(over_seeds["difference"], abs=2e-6)
+
+
+def test_tiny_grid_is_as_stored(again, tmp_path):
+    "If this fails after a change, the stored grid is stale: raise result_version of the systems and compute it anew."
+    live, kept = run_tiny(TINY_GRID, tmp_path), again["result"]["tiny"]
     for a, b in zip(live["runs"], kept["runs"], strict=True):
         for key in ("system", "seed", "recall@10", "ndcg@10", "valid", "pretraining", "kept", "n_parameters"):
             assert a[key] == (pytest.approx(b[key], abs=1e-4) if not isinstance(a[key], str) else b[key]), (a["system"], key)
-
-
-def test_plot():
-    ax = plot_differences({"a": paired_over_seeds(rows(a={0: .2, 1: .3}, b={0: .1, 1: .1}), "a", "b")}, "t", "x")
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["a (2 of 2)"] and ax.get_xlabel() == "x"

@@ -1,5 +1,6 @@
 "Answers in tokens, embeddings that follow their items, folders and hub repositories that load again."
 import json
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -176,6 +177,7 @@ class Fixed(Recommender):
 @pytest.mark.parametrize("max_elements", [1, 13, 1 << 24])
 def test_top_items_equal_sorted_lists(max_elements, exclude_seen):
     model, rng = Fixed(40), np.random.default_rng(0)
+    model.catalogue = SimpleNamespace(n_items=40)
     histories = [rng.integers(1, 41, rng.integers(1, 12)).tolist() for _ in range(15)]
     ids, best = top_items(model, histories, 7, exclude_seen, max_elements)
     for history, row_ids, row_best in zip(histories, ids.tolist(), best.tolist()):

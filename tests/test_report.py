@@ -15,13 +15,14 @@ from PIL import Image
 from mmseqrec.data.interactions import interaction_statistics, leave_one_out, make_interactions
 from mmseqrec.data.items import ItemTable
 from mmseqrec.data.sequences import TEST, SequenceStore
-from mmseqrec.evaluation import Evaluation, compare
+from mmseqrec.evaluation import Evaluation, compare_evaluations
 from mmseqrec.experiments import Result, Run, RunConfig, RunData
 from mmseqrec.features.encoders import catalogue_from_arrays
 from mmseqrec.features.keywords import STOP_WORDS, Keywords
+from mmseqrec.models.missrec import MISSRec
 from mmseqrec.report import (SystemSummary, best_baseline, choose_examples, choose_pictured, data_sections, data_uri, escape,
-                             example_html, facts_html, figure_html, format_number, format_seconds, headline, keyword_card,
-                             keywords_html, keywords_sentence, map_vectors, map_words, one_seed_note, paired_difference,
+                             example_html, facts_html, figure_html, first_pictures, format_number, format_seconds, headline, keyword_card,
+                             interests_html, keywords_html, keywords_sentence, map_vectors, map_words, one_seed_note, paired_difference,
                              plot_loss, plot_pretraining_terms, plot_validation, pretraining_sentence, report_html,
                              result_sections, system_summaries, systems_html, thumbnail, twins, twins_html, write_report)
 from mmseqrec.training import History
@@ -151,6 +152,14 @@ def test_a_failed_report_leaves_the_old_one(run, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError): write_report(run, path)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
+def test_a_figure_with_few_colours_is_smaller_and_as_wide():
+    def draw(**options):
+        fig, ax = plt.subplots()
+        ax.imshow(np.random.default_rng(0).random((40, 40, 3)))
+        return figure_html(fig, "noise", **options)
+    full, small = draw(), draw(n_colors=16)
+    assert len(small) < .8 * len(full) and re.findall('width="(\\d+)"', small) == re.findall('width="(\\d+)"', full)
+
 def test_the_page_is_small(page): assert len(page) < 5e6
 
 
@@ -172,7 +181,7 @@ def test_numbers_are_those_of_the_evaluation(run):
         summary = system.summary("ndcg@10")
         assert summary["value"] == pytest.approx(result.evaluation.metrics()["ndcg@10"])
         assert (summary["low"], summary["high"]) == result.evaluation.interval("ndcg@10") and summary["spread"] is None
-    assert paired_difference(systems[2], systems[1]) == compare(run.results[2].evaluation, run.results[1].evaluation)
+    assert paired_difference(systems[2], systems[1]) == compare_evaluations(run.results[2].evaluation, run.results[1].evaluation)
 
 def test_every_user_counts_once(run):
     evaluation = dataclasses.replace(run.results[0].evaluation, user=np.minimum(run.results[0].evaluation.user, 3))
@@ -304,11 +313,48 @@ def test_curves_of_pretraining(full, tmp_path):
     assert len(plot_validation(several[1:], phase="pre-training").lines) == 4
     plt.close("all")
 
+def test_terms_of_other_systems_keep_their_names(full):
+    terms = ("loss", "sequence_item", "sequence_sequence", "diversity")
+    epochs = [{"epoch": e, **{name: 3. - e + n for n, name in enumerate(terms)}, "ndcg@10": .1, "seconds": 1.} for e in range(5)]
+    result = dataclasses.replace(full.results[-1], system="missrec", pretraining=History(epochs, best_epoch=0, best_value=.1))
+    lines = plot_pretraining_terms(SystemSummary([result])).lines
+    assert [line.get_label() for line in lines] == ["sum", "sequence to item", "sequence to sequence", "diversity"]
+    assert len({line.get_color() for line in lines}) == 4
+    plt.close("all")
+
 def test_a_pretraining_without_an_epoch_is_none(full):
     result = dataclasses.replace(full.results[-1], pretraining=History())
     run = dataclasses.replace(full, results=[*full.results[:-1], result])
     assert not system_summaries(run)[-1].is_pretrained and "Pre-training" not in result_sections(run, system_summaries(run))
     plt.close("all")
+
+
+# Interests
+
+def with_missrec(run, folder, **sizes):
+    "The run with a MISSRec of untrained weights in place of its last system."
+    MISSRec(**sizes, hidden_size=8, inner_size=8, n_heads=2).set_catalogue(run.data.catalogue).save_pretrained(folder)
+    results = [dataclasses.replace(result, system="missrec", folder=folder) for result in run.results[-1:]]
+    return dataclasses.replace(run, results=[*run.results[:-1], *results])
+
+def test_interests_are_shown_where_missrec_found_some(run, tmp_path):
+    shown = with_missrec(run, tmp_path / "model", text_size=6, image_size=4)
+    text = interests_html(shown)
+    model = MISSRec.from_pretrained(str(tmp_path / "model"))
+    there = int((~run.data.catalogue.missing_text_mask[1:]).sum() + (~run.data.catalogue.missing_image_mask[1:]).sum())
+    assert f"of the {len(model.interest_emb) - 1:,} interests that MISSRec found for {there:,} texts" in text and "<img" in text
+    assert "Interests" in data_sections(shown, system_summaries(shown), n_examples=1)
+    assert interests_html(run) == "" and "Interests" not in data_sections(run, system_summaries(run), n_examples=1)
+    plt.close("all")
+
+def test_interests_of_one_modality_are_not_shown(tmp_path):
+    assert interests_html(with_missrec(make_run(tmp_path, features="text"), tmp_path / "model", text_size=6)) == ""
+
+def test_first_pictures_can_be_read(run, tmp_path):
+    (broken := tmp_path / "broken.png").write_bytes(b"nothing")
+    good = next(files[0] for files in run.data.items.images if files)
+    items = dataclasses.replace(run.data.items, images=[[], [broken], [broken, good], *run.data.items.images[3:]])
+    assert first_pictures(items)[:3] == [None, None, good]
 
 
 # Pictures and their keywords

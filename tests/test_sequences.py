@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mmseqrec.data.interactions import TEST, TRAIN, VALID
-from mmseqrec.data.sequences import (Batch, SequenceStore, collate, evaluation_batches, expand_prefixes, flat_ranges,
-                                     length_chunks, pad_gather, padding_share, plot_batch, plot_padding, position_batches,
-                                     prefix_batches, training_windows)
+from mmseqrec.data.sequences import (Batch, SequenceStore, best_cuts, collate, evaluation_batches, expand_prefixes,
+                                     flat_ranges, length_chunks, pad_gather, padding_share, plot_batch, plot_padding,
+                                     position_batches, prefix_batches, training_windows)
 
 
 def make_store(seed, n_users=30, longest=40, n_items=50):
@@ -317,17 +317,38 @@ def test_batch_index_and_rows():
     assert moved.user is None and torch.equal(moved.item_seq, item_seq) and len(moved) == 3
 
 
-def test_length_chunks_cover_the_batch():
+@pytest.mark.parametrize("piece_cost", [0, 10, 10**6, None])
+def test_length_chunks_cover_the_batch(piece_cost):
     store = make_store(8)
     batch = prefix_batches(store, TRAIN, 40, 20, bucketed=False)[0]
-    pieces = length_chunks(batch, 16)
+    pieces = length_chunks(batch, piece_cost)
     assert sorted(torch.cat([rows for rows, _ in pieces]).tolist()) == list(range(len(batch)))
+    if piece_cost == 0: assert len(pieces) == len(batch.item_seq_len.unique())
+    if piece_cost == 10**6: assert len(pieces) == 1
     for rows, piece in pieces:
         check_padding(piece)
-        assert torch.equal(piece.pos_item, batch.pos_item[rows]) and len(piece) <= 16
+        assert torch.equal(piece.pos_item, batch.pos_item[rows])
         assert torch.equal(piece.item_seq, batch.item_seq[rows, :piece.item_seq.shape[1]])
     with pytest.raises(ValueError, match="one query per row"):
-        length_chunks(position_batches(store, 40, 20)[0], 16)
+        length_chunks(position_batches(store, 40, 20)[0])
+
+
+@pytest.mark.parametrize("piece_cost", [0, 1, 3, 10, 1000])
+def test_best_cuts_are_the_cheapest_of_all(piece_cost):
+    "Every way of cutting nine sorted rows is tried."
+    rng = np.random.default_rng(piece_cost)
+    for _ in range(10):
+        lengths = np.sort(rng.integers(1, 12, 9))
+        def cost(sizes):
+            ends = np.cumsum(sizes)
+            return sum(size * lengths[end - 1] + piece_cost for size, end in zip(sizes, ends))
+        ways = []
+        for pattern in range(2 ** 8):
+            cuts = [place + 1 for place in range(8) if pattern >> place & 1]
+            ways.append(np.diff([0, *cuts, 9]).tolist())
+        found = best_cuts(lengths, piece_cost)
+        assert sum(found) == 9 and cost(found) == min(map(cost, ways))
+    assert best_cuts(np.array([], np.int64), piece_cost) == []
 
 
 @pytest.mark.parametrize("change, message", [

@@ -9,7 +9,7 @@ __all__ = ['TRAIN', 'VALID', 'TEST', 'Table', 'read_table', 'encode_tokens', 'pa
            'read_interactions', 'select_events', 'drop_duplicates', 'k_core', 'interaction_statistics',
            'plot_history_lengths', 'plot_long_tail', 'Split', 'leave_one_out', 'global_time_split',
            'plot_split_timeline', 'future_leakage', 'plot_future_leakage', 'hold_out_items', 'check_disjoint',
-           'combine_domains']
+           'combine_domains', 'save_split', 'load_split']
 
 # %% ../../nbs/11_data.interactions.ipynb #imports
 import csv
@@ -28,8 +28,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+from safetensors.numpy import load_file, save_file
 
-from ..artifacts import fingerprint
+from ..artifacts import atomic_folder, fingerprint, read_json, write_json
 from ..core import derive_seed
 from .synthetic import gini
 from ..figures import COLORS, _axes
@@ -711,3 +712,34 @@ def combine_domains(
     return Interactions(join("user", first_user), join("item", first_item), np.concatenate([p.time for p in parts]),
                         [f"{name}/{token}" for name, part in domains.items() for token in part.user_tokens],
                         ["[PAD]"] + tokens, " + ".join(domains))
+
+# %% ../../nbs/11_data.interactions.ipynb #keep-split
+def save_split(
+    split: Split,
+    folder: str | Path,  # where to save; an older split there is replaced
+) -> Path:  # the folder
+    "Write events, stages and ids."
+    events = split.interactions
+    arrays = {"user": events.user, "item": events.item, "time": events.time, "stage": split.stage,
+              "cold_items": np.asarray(split.cold_items)}
+    with atomic_folder(folder) as temporary:
+        save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, temporary / "events.safetensors")
+        write_json(temporary / "ids.json", {"source": events.source, "user_tokens": events.user_tokens,
+                                            "item_tokens": events.item_tokens})
+    return Path(folder)
+
+def load_split(
+    folder: str | Path,  # what `save_split` wrote
+) -> Split:
+    "Read a split. Raises `FileNotFoundError`, or `ValueError` for files that are damaged or do not belong together."
+    folder = Path(folder)
+    for name in ("events.safetensors", "ids.json"):
+        if not (folder / name).is_file(): raise FileNotFoundError(f"{folder} holds no saved split: there is no {name}")
+    ids = read_json(folder / "ids.json")
+    try: arrays = load_file(folder / "events.safetensors")
+    except Exception as error:
+        raise ValueError(f"{folder}/events.safetensors is damaged ({error}); save the split again") from None
+    stage, cold = arrays.pop("stage"), arrays.pop("cold_items")
+    if arrays["user"].max() >= len(ids["user_tokens"]) or arrays["item"].max() >= len(ids["item_tokens"]):
+        raise ValueError(f"{folder}: the events name users or items that ids.json does not have; save the split again")
+    return Split(Interactions(**arrays, **ids), stage, cold)

@@ -6,8 +6,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/data.sequences.html.md"""
 
 # %% auto #0
 __all__ = ['flat_ranges', 'pad_gather', 'SequenceStore', 'Batch', 'collate', 'Batches', 'prefix_batches', 'training_windows',
-           'position_batches', 'expand_prefixes', 'plot_batch', 'evaluation_batches', 'length_chunks', 'padding_share',
-           'plot_padding']
+           'position_batches', 'expand_prefixes', 'plot_batch', 'evaluation_batches', 'best_cuts', 'length_chunks',
+           'padding_share', 'plot_padding']
 
 # %% ../../nbs/14_data.sequences.ipynb #imports
 from collections.abc import Callable, Iterable, Sequence
@@ -367,16 +367,35 @@ def evaluation_batches(
     groups = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
     return Batches(groups, partial(_batch_of_events, store, events, max_len))
 
+# %% ../../nbs/14_data.sequences.ipynb #best-cuts
+def best_cuts(
+    lengths: np.ndarray,  # `[B]`, ascending
+    piece_cost: int,  # c, cells that a further piece costs
+) -> list[int]:  # rows of each piece, in order; their sum is B
+    "Cut sorted rows into pieces so that padded cells and pieces cost least."
+    values, counts = np.unique(lengths, return_counts=True)
+    before = np.concatenate([[0], np.cumsum(counts)])  # rows shorter than each distinct length
+    cost, cut = np.zeros(len(values) + 1), np.zeros(len(values) + 1, np.int64)
+    for end in range(1, len(values) + 1):
+        total = cost[:end] + (before[end] - before[:end]) * values[end - 1] + piece_cost
+        cut[end] = total.argmin()
+        cost[end] = total[cut[end]]
+    sizes, end = [], len(values)
+    while end: sizes, end = [int(before[end] - before[cut[end]]), *sizes], cut[end]
+    return sizes
+
 # %% ../../nbs/14_data.sequences.ipynb #length-chunks
 def length_chunks(
     batch: Batch,  # with one query per row
-    n_rows: int,  # most rows in a piece
+    piece_cost: int | None = None,  # cells that a further piece costs; 64 on a CPU and 2**14 elsewhere by default
 ) -> list[tuple[Tensor, Batch]]:  # `[N]` row numbers of the piece in `batch`, and the piece
     "Cut a batch into pieces of like length. Raises `ValueError` for a batch of windows."
     if batch.positions is not None:
         raise ValueError("length_chunks needs one query per row; position_batches are bucketed already")
+    if piece_cost is None: piece_cost = 64 if batch.item_seq.device.type == "cpu" else 2**14
+    lengths, order = batch.item_seq_len.sort(stable=True)
     pieces = []
-    for rows in batch.item_seq_len.argsort(stable=True).split(n_rows):
+    for rows in order.split(best_cuts(lengths.cpu().numpy(), piece_cost)):
         piece = batch._map(lambda value: value[rows])
         piece.item_seq = piece.item_seq[:, :int(piece.item_seq_len.max())]
         pieces.append((rows, piece))

@@ -35,7 +35,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..artifacts import artifact_path, atomic_path, file_sha256, fingerprint, read_json, write_json
-from ..core import derive_seed, get_device
+from ..core import (derive_seed, each_for_itself, from_all, from_main, get_device, is_main_process,
+                           n_processes, process_index)
 from .clip import image_features, open_picture, preprocess_images, quiet_transformers, text_features
 from ..figures import COLORS
 
@@ -413,46 +414,79 @@ def _finished_chunks(folder, prefix, dtype):
             found |= {chunk: (table, entry["start"], entry["broken"]) for chunk, entry in chunks.items()}
     return found
 
+# %% ../../nbs/21_features.encoders.ipynb #growing-table
+class _GrowingTable:
+    "A table that is being filled, with its journal: what an earlier run has left is taken up."
+    def __init__(self, path, encoder, names, sizes, dtype):
+        self.path, self.encoder, self.names, self.sizes = path, encoder, names, sizes
+        self.starts = (np.cumsum(sizes) - sizes).tolist()
+        self.partial, self.journal = path.with_suffix(".partial"), path.with_suffix(".journal")
+        if not self.partial.exists():
+            self.journal.unlink(missing_ok=True)
+            _create_table(self.partial, (sum(sizes), encoder.size), dtype)
+        self.rows, self.done = map_safetensors(self.partial, "r+")["features"], _read_journal(self.journal)
+
+    def missing(self):
+        "List the numbers of the chunks that are not there yet."
+        return [number for number, name in enumerate(self.names) if name not in self.done]
+
+    def add(self, number, rows, broken):
+        "Write the rows of a chunk, and then its line of the journal."
+        start, name = self.starts[number], self.names[number]
+        self.rows[start:start + self.sizes[number]] = rows
+        self.rows.flush()
+        self.done[name] = {"start": start, "broken": broken}
+        with open(self.journal, "a", encoding="utf-8") as log:
+            log.write("\n" + json.dumps({name: self.done[name]}) + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+
+    def copy(self, prefix, dtype):
+        "Copy chunks that other finished tables of the encoder hold."
+        earlier, maps = _finished_chunks(self.path.parent, prefix, dtype), {}
+        for number in self.missing():
+            if self.names[number] not in earlier: continue
+            table, old, broken = earlier[self.names[number]]
+            if table not in maps: maps[table] = map_safetensors(table)["features"]
+            self.add(number, maps[table][old:old + self.sizes[number]], broken)
+
+    def finish(self):
+        "Turn the journal into the table's JSON file and give the table its name."
+        about = {"encoder": self.encoder.name, "fingerprint": self.encoder.fingerprint, "chunks": self.done}
+        write_json(self.path.with_suffix(".json"), about)
+        os.replace(self.partial, self.path)
+        self.journal.unlink(missing_ok=True)
+
 # %% ../../nbs/21_features.encoders.ipynb #fill-table
+def _encode_shares(todo, chunks, contents, labels, encoder, dtype):
+    "Encode the chunks `todo`, each process one at a time; yield the number of each with its rows and what is broken."
+    for start in range(0, len(todo), n_processes()):
+        numbers = todo[start:start + n_processes()]
+        own = [place for number in numbers[process_index():process_index() + 1] for place in chunks[number]]
+        some, names = [contents[place] for place in own], [labels[place] for place in own]
+        yield from zip(numbers, from_all(lambda: _encode_chunk(some, names, encoder, dtype)))
+
 def _fill_table(path, prefix, encoder, contents, keys, labels, chunks, dtype, progress):
-    "Bring the table at `path` into being, continuing whatever an earlier run has left."
-    partial, journal = path.with_suffix(".partial"), path.with_suffix(".journal")
-    if not partial.exists():
-        journal.unlink(missing_ok=True)
-        _create_table(partial, (sum(map(len, chunks)), encoder.size), dtype)
-    rows, done = map_safetensors(partial, "r+")["features"], _read_journal(journal)
-    earlier, start, maps = _finished_chunks(path.parent, prefix, dtype), 0, {}
-    with open(journal, "a", encoding="utf-8") as log, tqdm(
-            total=len(rows), desc=f"{encoder.kind}s", unit=encoder.kind, disable=not progress) as bar:
-        for chunk in chunks:
-            name, stop = fingerprint([keys[place] for place in chunk]), start + len(chunk)
-            if name not in done:
-                if name in earlier:
-                    table, old, broken = earlier[name]
-                    if table not in maps: maps[table] = map_safetensors(table)["features"]
-                    rows[start:stop] = maps[table][old:old + len(chunk)]
-                else:
-                    rows[start:stop], broken = _encode_chunk([contents[place] for place in chunk],
-                                                             [labels[place] for place in chunk], encoder, dtype)
-                rows.flush()
-                done[name] = {"start": start, "broken": broken}
-                log.write("\n" + json.dumps({name: done[name]}) + "\n")
-                log.flush()
-                os.fsync(log.fileno())
-            bar.update(len(chunk))
-            start = stop
-    write_json(path.with_suffix(".json"), {"encoder": encoder.name, "fingerprint": encoder.fingerprint, "chunks": done})
-    os.replace(partial, path)
-    journal.unlink()
+    "Bring the table at `path` into being."
+    names, sizes = [fingerprint([keys[place] for place in chunk]) for chunk in chunks], list(map(len, chunks))
+    table = _GrowingTable(path, encoder, names, sizes, dtype) if is_main_process() else None
+    from_main(lambda: table.copy(prefix, dtype))
+    todo = from_main(lambda: table.missing())
+    with tqdm(total=sum(sizes), initial=sum(sizes) - sum(sizes[number] for number in todo), desc=f"{encoder.kind}s",
+              unit=encoder.kind, disable=not (progress and is_main_process())) as bar:
+        for number, (rows, broken) in _encode_shares(todo, chunks, contents, labels, encoder, dtype):
+            if table: table.add(number, rows, broken)
+            bar.update(sizes[number])
+    from_main(lambda: table.finish())
 
 # %% ../../nbs/21_features.encoders.ipynb #lock
 @contextlib.contextmanager
 def _one_at_a_time(path):
-    "Let one process at a time into the `with` block (no effect where the system has no `fcntl`)."
+    "Let one run at a time into the `with` block (no effect where the system has no `fcntl`)."
     try: import fcntl
     except ImportError: fcntl = None
     with open(path, "a") as file:
-        if fcntl: fcntl.flock(file, fcntl.LOCK_EX)
+        if fcntl and is_main_process(): fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 # %% ../../nbs/21_features.encoders.ipynb #feature-table
@@ -487,6 +521,7 @@ def encode_table(
 ) -> FeatureTable:  # in the order of `contents`
     """Encode contents into a table on disk, continuing where an earlier run was stopped.
 
+    Processes that were started together and name the same folder share the work.
     Broken contents are reported and get no row. Raises a `ValueError` that names a content whose feature is not
     finite."""
     folder, report, keys = Path(folder), [], []
@@ -502,8 +537,9 @@ def encode_table(
     prefix = f"{encoder.kind}-{encoder.fingerprint}"
     plan = fingerprint([[keys[place] for place in chunk] for chunk in chunks])
     path = folder / f"{prefix}-{plan}-{np.dtype(dtype).name}.safetensors"
-    with _one_at_a_time(folder / f".{prefix}.lock"):
-        if not path.exists():
+    is_shared = len(set(from_all(lambda: str(folder.resolve())))) == 1
+    with each_for_itself(not is_shared), _one_at_a_time(folder / f".{prefix}.lock"):
+        if not from_main(path.exists):
             _fill_table(path, prefix, encoder, contents, keys, labels, chunks, np.dtype(dtype).name, progress)
     return _open_table(path, keys, labels, [place for chunk in chunks for place in chunk], report)
 

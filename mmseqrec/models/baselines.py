@@ -18,8 +18,8 @@ from ..augment import append_mask, cloze
 from ..core import check_shape
 from ..data.sequences import TRAIN, Batch, SequenceStore, expand_prefixes, flat_ranges
 from ..features.encoders import Catalogue
-from ..layers import ContentEmbedding, SequenceEncoder, init_weights
-from ..losses import full_softmax_cross_entropy
+from ..layers import ContentEmbedding, Dropout, SequenceEncoder, init_weights, last_outputs
+from ..losses import full_softmax_cross_entropy, items_of_step
 from ..recommender import Items, Recommender, resize_item_embedding, take_positions
 
 # %% ../../nbs/50_models.baselines.ipynb #popularity
@@ -142,6 +142,7 @@ class CausalRecommender(Recommender):
     "Read item vectors with a causal encoder; subclasses set `encoder` and define `item_vectors`."
     causal = True
     cosine = False  # compare directions only
+    n_candidates = None  # compare with so many items a step, see `draw_candidates`; `None`: with all
 
     def item_vectors(
         self,
@@ -171,11 +172,13 @@ class CausalRecommender(Recommender):
         self,
         batch: Batch,  # with `pos_item [T]`, the items that came next
     ) -> dict[str, Tensor]:  # `"loss"`
-        "Compute the cross-entropy of the next items over the whole catalogue."
-        table = self.item_vectors(torch.arange(self.catalogue.n_items + 1, device=self.device))
-        sequence = self._read(F.embedding(batch.item_seq, table), batch, batch.positions)
-        return {"loss": full_softmax_cross_entropy(sequence, self._direction(table[1:]), batch.pos_item - 1,
-                                                   self.temperature)}
+        "Compute the cross-entropy of the next items over the whole catalogue, or in training over a sample of it."
+        step = items_of_step(batch.item_seq, batch.pos_item, self.catalogue.n_items,
+                             self.n_candidates if self.training else None)
+        table = self.item_vectors(step.ids)
+        sequence = self._read(F.embedding(step.place, table), batch, batch.positions)
+        return {"loss": full_softmax_cross_entropy(sequence, self._direction(step.candidates(table)), step.target,
+                                                   self.temperature, log_weight=step.log_weight)}
 
     def attention(
         self,
@@ -187,6 +190,8 @@ class CausalRecommender(Recommender):
         return self.encoder(x, batch.item_pad_mask, return_attention=True)[1]
 
     def _read(self, x, batch, positions):
+        if positions is None and isinstance(self.encoder, SequenceEncoder):
+            return self._direction(last_outputs(self.encoder, x, batch.item_pad_mask))
         return self._direction(take_positions(self.encoder(x, batch.item_pad_mask), batch, positions))
 
     def _direction(self, x): return (F.normalize(x, dim=-1) if self.cosine else x)[:, None]
@@ -224,7 +229,7 @@ class GRUEncoder(nn.Module):
         dropout: float = 0.3,  # share of the items' numbers dropped in training
     ):
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.gru = nn.GRU(hidden_size, state_size, n_gru_layers, bias=False, batch_first=True)
         self.output = nn.Linear(state_size, hidden_size)
 
@@ -251,9 +256,11 @@ class GRU4Rec(LearnedItems, CausalRecommender):
         dropout: float = 0.3,  # share of the items' numbers dropped in training
         max_len: int = 50,  # longest history, in items
         temperature: float = 1.0,  # scores are divided by it
+        *,
+        n_candidates: int | None = None,  # sample so many items a step, see `draw_candidates`; `None`: all
     ):
         super().__init__()
-        self.max_len, self.temperature = max_len, temperature
+        self.max_len, self.temperature, self.n_candidates = max_len, temperature, n_candidates
         self.item_emb = nn.Embedding(n_items + 1, hidden_size, padding_idx=0)
         self.encoder = GRUEncoder(hidden_size, state_size, n_gru_layers, dropout)
         init_weights(self)
@@ -273,9 +280,11 @@ class SASRec(LearnedItems, CausalRecommender):
         attention_dropout: float = 0.2,  # share of attention weights dropped in training
         max_len: int = 50,  # longest history, in items
         temperature: float = 1.0,  # scores are divided by it
+        *,
+        n_candidates: int | None = None,  # sample so many items a step, see `draw_candidates`; `None`: all
     ):
         super().__init__()
-        self.max_len, self.temperature = max_len, temperature
+        self.max_len, self.temperature, self.n_candidates = max_len, temperature, n_candidates
         self.item_emb = nn.Embedding(n_items + 1, hidden_size, padding_idx=0)
         self.encoder = SequenceEncoder(hidden_size, n_layers, n_heads, inner_size, dropout, attention_dropout, max_len)
         init_weights(self)
@@ -368,9 +377,11 @@ class ContentSASRec(CausalRecommender):
         attention_dropout: float = 0.2,  # share of attention weights dropped in training
         max_len: int = 50,  # longest history, in items
         temperature: float = 0.07,  # tau; cosines are divided by it
+        *,
+        n_candidates: int | None = None,  # sample so many items a step, see `draw_candidates`; `None`: all
     ):
         super().__init__()
-        self.max_len, self.temperature = max_len, temperature
+        self.max_len, self.temperature, self.n_candidates = max_len, temperature, n_candidates
         self.content = ContentEmbedding(text_size, image_size, hidden_size)
         self.encoder = SequenceEncoder(hidden_size, n_layers, n_heads, inner_size, dropout, attention_dropout, max_len)
         init_weights(self)

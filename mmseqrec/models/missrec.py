@@ -21,14 +21,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..augment import draw_item_drop, draw_word_drop, drop_items
-from ..contrastive import sequence_item_loss, sequence_sequence_loss
-from ..core import check_shape, derive_seed
+from ..contrastive import gather_rows, sequence_item_loss, sequence_sequence_loss
+from ..core import check_shape, derive_seed, from_main, n_processes
 from ..data.sequences import Batch, SequenceStore, expand_prefixes, length_chunks
 from ..features.encoders import Catalogue
 from ..figures import COLORS
 from ..interest_decoder import InterestEncoderDecoder
 from ..interests import assign_interests, discover_interests, interest_sets
-from ..layers import Centring, check_features, init_weights
+from ..layers import Centring, Dropout, check_features, init_weights
 from ..losses import full_softmax_cross_entropy, interest_diversity
 from ..recommender import Items, Recommender, resize_item_embedding
 
@@ -120,7 +120,7 @@ class HistoryInput(nn.Module):
         self.max_len, self.fusion = max_len, fusion
         self.position_emb = nn.Embedding(max_len, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,
@@ -287,11 +287,11 @@ def encode_histories(
     table: Tensor,  # `[N, D]`, tokens
     missing_token_mask: Tensor,  # `[N]`, True where the row is no token
     view: HistoryView,
-    n_rows: int = 64,  # histories encoded at once
+    piece_cost: int | None = None,  # see `length_chunks`
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:  # `[B, D]` of length 1; contexts and their padding, piece by piece
     "Encode histories in pieces of like length."
     rows, found, contexts = [], [], []
-    for some, piece in length_chunks(view.batch, n_rows):
+    for some, piece in length_chunks(view.batch, piece_cost):
         place, ids = view.place[some, :piece.item_seq.shape[1]], view.interest_seq[some]
         if not model.released_diversity: ids = ids[:, :max(int((ids > 0).sum(1).max()), 1)]  # it counts padding
         learned = None if model.item_emb is None else model.item_emb(piece.item_seq)
@@ -313,7 +313,7 @@ class InterestHistories(InterestItems):
         "Encode the history up to each position."
         batch = expand_prefixes(batch, positions)
         ids = F.pad(batch.item_seq.flatten(), (1, 0)).unique()
-        return encode_histories(self, *self._table(self.adapters(ids), ids), self._view(batch, ids), 256)[0][:, None]
+        return encode_histories(self, *self._table(self.adapters(ids), ids), self._view(batch, ids))[0][:, None]
 
     def attention(
         self,
@@ -362,7 +362,7 @@ class InterestLosses(InterestHistories):
     ) -> dict[str, Tensor]:  # `"loss"`, `"cross_entropy"`, `"diversity"`
         "Compute the cross-entropy of the next items over the whole catalogue, and the likeness of interests."
         batch, tokens = expand_prefixes(batch, batch.positions), self.adapters()
-        sequence, contexts = encode_histories(self, *self._table(tokens), self._view(batch), len(batch))
+        sequence, contexts = encode_histories(self, *self._table(tokens), self._view(batch))
         items = self._streams(tokens[1:], torch.arange(1, len(tokens), device=tokens.device))
         score = lambda u, vectors, kappa: fused_score(u, vectors, kappa, items.missing_stream_mask,
                                                       self.item_emb is not None)
@@ -398,18 +398,20 @@ class InterestPretraining(InterestLosses):
         table, missing = self._table(tokens, ids)
         own, contexts = encode_histories(self, table, missing, self._view(batch, ids))
         other, other_contexts = encode_histories(self, *self._disturbed(table, missing, batch, ids))
-        items = self._streams(tokens[torch.searchsorted(ids, batch.pos_item)], batch.pos_item)
-        options = (batch.pos_item, self.temperature, self.keep_false_negatives)
-        terms = {"sequence_item": sequence_item_loss(self.score(own[:, None], items), *options),
+        targets = tokens[torch.searchsorted(ids, batch.pos_item)]
+        own, other, targets, pos_item = gather_rows(own, other, targets, batch.pos_item)
+        options, share = (pos_item, self.temperature, self.keep_false_negatives), len(batch) / len(pos_item)
+        scores = self.score(own[:, None], self._streams(targets, pos_item))
+        terms = {"sequence_item": sequence_item_loss(scores, *options),
                  "sequence_sequence": sequence_sequence_loss(own, other, *options),
-                 "diversity": self._diversity(contexts) + self._diversity(other_contexts)}
+                 "diversity": n_processes() * share * (self._diversity(contexts) + self._diversity(other_contexts))}
         weights = {"sequence_item": 1., "sequence_sequence": self.sequence_weight, "diversity": self.diversity_weight}
         return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
 
 # %% ../../nbs/55_models.missrec.ipynb #disturbed
 def _disturbed(self, table, missing, batch, ids):
     "Draw the disturbance of a step: a table of tokens, its mask, and the view of the disturbed histories."
-    if torch.rand(()).item() < self.word_drop_share:
+    if from_main(lambda: torch.rand(()).item()) < self.word_drop_share:
         view = self._view(batch, ids)
         place = view.place.clone()
         shortened = len(table) + torch.searchsorted(ids, batch.item_seq.contiguous())

@@ -6,10 +6,9 @@ Docs: https://mmseqrec.github.io/mmseqrec/models.mmsrec.html.md"""
 
 # %% auto #0
 __all__ = ['plot_towers', 'ItemTokens', 'places_from_end', 'TokenEncoder', 'max_present', 'MaxFusion', 'ItemTower',
-           'PairPretraining', 'pair_store', 'DualTower', 'per_item_attention', 'draw_candidates', 'MMSRec']
+           'PairPretraining', 'pair_store', 'DualTower', 'per_item_attention', 'MMSRec']
 
 # %% ../../nbs/54_models.mmsrec.ipynb #imports
-import math
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -20,13 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..augment import append_mask, cloze
-from ..contrastive import modality_combination_loss
-from ..core import check_shape
+from ..contrastive import gather_rows, modality_combination_loss
+from ..core import check_shape, n_processes, process_index
 from ..data.sequences import TRAIN, Batch, SequenceStore, expand_prefixes
 from ..features.encoders import Catalogue
 from ..figures import COLORS
-from ..layers import ContentEmbedding, TransformerBlock, init_weights
-from ..losses import dot_score, full_softmax_cross_entropy
+from ..layers import ContentEmbedding, Dropout, TransformerBlock, init_weights
+from ..losses import dot_score, draw_candidates, full_softmax_cross_entropy
 from ..recommender import Items, Recommender, take_positions
 
 # %% ../../nbs/54_models.mmsrec.ipynb #plot-towers
@@ -122,7 +121,7 @@ class TokenEncoder(nn.Module):
         super().__init__()
         self.position_emb = nn.Embedding(n_places, hidden_size)
         self.modality_emb = nn.Embedding(n_modalities, hidden_size)
-        self.norm, self.dropout = nn.LayerNorm(hidden_size, eps=1e-12), nn.Dropout(embedding_dropout)
+        self.norm, self.dropout = nn.LayerNorm(hidden_size, eps=1e-12), Dropout(embedding_dropout)
         self.blocks = nn.ModuleList(TransformerBlock(hidden_size, n_heads, inner_size, dropout, attention_dropout)
                                     for _ in range(n_layers))
         self.final_norm = nn.LayerNorm(hidden_size, eps=1e-12)
@@ -234,7 +233,7 @@ class PairPretraining(ItemTower):
 
     def pretrain_pairs_loss(
         self,
-        ids: Tensor,  # `[N]` catalogue rows, no item twice
+        ids: Tensor,  # `[N]` catalogue rows, no item twice; the same on all processes, which share the work
     ) -> dict[str, Tensor]:  # `"loss"` and the terms `image_image`, `image_text`, `text_text`, `both_both`
         "Compute the modality-combination loss of some items: six passes, each with its own dropout."
         if not self.has_pretraining:
@@ -242,15 +241,18 @@ class PairPretraining(ItemTower):
                                       "with both, and transfer_weights from it")
         only_image, only_text, both = (True, False), (False, True), (False, False)
         hidden = torch.tensor([only_image, only_image, only_text, only_text, both, both], device=ids.device)
-        vectors = self.item_vectors(ids.repeat(6), hidden.repeat_interleave(len(ids), 0)).unflatten(0, (3, 2, -1))
-        return modality_combination_loss(*vectors, self.items.missing_modality_mask[ids], self.temperature)
+        own = ids[process_index()::n_processes()]
+        vectors = self.item_vectors(own.repeat(6), hidden.repeat_interleave(len(own), 0))
+        vectors, ids = gather_rows(vectors.unflatten(0, (3, 2, len(own))).movedim(2, 0), own)
+        missing = self.items.missing_modality_mask[ids]
+        return modality_combination_loss(*vectors.movedim(0, 2), missing, self.temperature)
 
     def pretrain_loss(
         self,
         batch: Batch,  # with `pos_item [B]`
     ) -> dict[str, Tensor]:  # as `pretrain_pairs_loss`
         "Compute the modality-combination loss of the batch's next items, each counted once."
-        return self.pretrain_pairs_loss(batch.pos_item.unique())
+        return self.pretrain_pairs_loss(gather_rows(batch.pos_item)[0].unique())
 
 # %% ../../nbs/54_models.mmsrec.ipynb #pair-store
 def pair_store(
@@ -301,25 +303,6 @@ def per_item_attention(
     share = there.to(weights) / there.sum(-1, keepdim=True)
     given = check_shape(weights, f"B H {L * M} {L * M}", B=B).unflatten(-1, (L, M)).sum(-1)
     return torch.einsum("bhlmk,blm->bhlk", given.unflatten(2, (L, M)), share)
-
-# %% ../../nbs/54_models.mmsrec.ipynb #candidates
-def draw_candidates(
-    pos_item: Tensor,  # `[T]` right answers
-    n_items: int,  # V
-    n_drawn: int | None = None,  # other items that are drawn; `None`: the whole catalogue, nothing is drawn
-) -> tuple[Tensor, Tensor, Tensor]:  # `[N]` catalogue rows, `[T]` where the right answers are, `[N]` log weights
-    "Choose the items that a step compares with, and how many items each of them stands for."
-    if n_drawn is None:
-        ids = torch.arange(1, n_items + 1, device=pos_item.device)
-        return ids, pos_item - 1, torch.zeros(n_items, device=pos_item.device)
-    right, target = pos_item.unique(return_inverse=True)
-    is_other = torch.ones(n_items + 1, dtype=torch.bool, device=pos_item.device)
-    is_other[0] = is_other[right] = False
-    others = is_other.nonzero()[:, 0]
-    drawn = others[torch.randperm(len(others), device=others.device)[:n_drawn]]
-    log_weight = torch.zeros(len(right) + len(drawn), device=pos_item.device)
-    log_weight[len(right):] = math.log(max(len(others), 1) / max(len(drawn), 1))
-    return torch.cat([right, drawn]), target, log_weight
 
 # %% ../../nbs/54_models.mmsrec.ipynb #mmsrec
 class MMSRec(DualTower):

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..augment import draw_item_drop, draw_swaps, drop_items, swap_streams
-from ..contrastive import cross_modality_loss, next_item_loss
+from ..contrastive import cross_modality_loss, gather_rows, next_item_loss
+from ..core import from_main
 from ..data.sequences import Batch, SequenceStore
 from ..features.encoders import Catalogue
-from ..layers import init_weights
-from ..losses import full_softmax_cross_entropy, same_target_mask
-from .m2se import M2SE, encode_last
+from ..layers import encode_ends, init_weights, last_outputs
+from ..losses import full_softmax_cross_entropy, items_of_step, same_target_mask
+from .m2se import M2SE
 from ..recommender import Items, Recommender, resize_item_embedding, take_positions
 
 # %% ../../nbs/53_models.mp4sr.ipynb #projections
@@ -113,6 +114,7 @@ class StreamItems(Recommender):
 class StreamRecommender(StreamItems):
     "Read histories in two streams and score items by the sum of cosines; subclasses also set `temperature`."
     causal = True
+    n_candidates = None  # compare with so many items a step, see `draw_candidates`; `None`: with all
 
     def encode_sequence(
         self,
@@ -127,12 +129,14 @@ class StreamRecommender(StreamItems):
         self,
         batch: Batch,  # with `pos_item [T]`, the items that came next
     ) -> dict[str, Tensor]:  # `"loss"`
-        "Compute the cross-entropy of the next items over the whole catalogue (MP4SR, fine-tuning)."
-        table = self.item_vectors()
-        sequence = self._read(F.embedding(batch.item_seq, table.flatten(1)).unflatten(-1, table.shape[1:]), batch,
+        "Compute the cross-entropy of the next items over the whole catalogue, or in training over a sample of it."
+        step = items_of_step(batch.item_seq, batch.pos_item, self.catalogue.n_items,
+                             self.n_candidates if self.training else None)
+        table = self.item_vectors(None if step.candidate is None else step.ids)
+        sequence = self._read(F.embedding(step.place, table.flatten(1)).unflatten(-1, table.shape[1:]), batch,
                               batch.positions)
-        return {"loss": full_softmax_cross_entropy(sequence, F.normalize(table[1:], dim=-1), batch.pos_item - 1,
-                                                   self.temperature)}
+        return {"loss": full_softmax_cross_entropy(sequence, F.normalize(step.candidates(table), dim=-1), step.target,
+                                                   self.temperature, log_weight=step.log_weight)}
 
     def attention(
         self,
@@ -143,6 +147,9 @@ class StreamRecommender(StreamItems):
         return [w.flatten(1, 2) for w in self.m2se(x, batch.item_pad_mask, return_attention=True)[1]]
 
     def _read(self, x, batch, positions):
+        if positions is None:
+            streams, hidden = x.transpose(1, 2).flatten(0, 1), batch.item_pad_mask.repeat_interleave(2, 0)
+            return F.normalize(last_outputs(self.m2se.encoder, streams, hidden).unflatten(0, (-1, 2)), dim=-1)
         h = self.m2se(x, batch.item_pad_mask).flatten(2)
         return F.normalize(take_positions(h, batch, positions).unflatten(1, (2, -1)), dim=-1)
 
@@ -171,6 +178,7 @@ class MP4SR(StreamRecommender):
         mixup: bool = True,  # let the streams change places
         nip_weight: float = 1.0,  # w
         cmcl_weight: float = 0.01,  # lambda
+        n_candidates: int | None = None,  # sample so many items a step, see `draw_candidates`; `None`: all
         max_drop: float = 0.2,  # highest rate of sequence dropout
         max_swap: float = 0.5,  # highest rate of mixup
         trained_pooling: bool = True,  # see `AttentionPooling`
@@ -179,6 +187,7 @@ class MP4SR(StreamRecommender):
     ):
         super().__init__()
         self.max_len, self.temperature, self.mixup, self.legacy = max_len, temperature, mixup, legacy
+        self.n_candidates = n_candidates
         self.nip_weight, self.cmcl_weight, self.max_drop, self.max_swap = nip_weight, cmcl_weight, max_drop, max_swap
         self.m2se = M2SE(text_size, image_size, hidden_size, n_layers, n_heads, inner_size, dropout, attention_dropout,
                          max_len, adapter_dropout=adapter_dropout, trained_pooling=trained_pooling,
@@ -199,8 +208,8 @@ class MP4SR(StreamRecommender):
                                       "MP4SR(transductive=False) and transfer_weights from it")
         h, z = self._disturbed(batch)
         spaces = h[:, :, None] if self.heads is None else self.heads(h)
-        terms = pretraining_terms(F.normalize(spaces, dim=-1), F.normalize(z, dim=-1),
-                                  self.missing_modality_mask(batch.pos_item), batch.pos_item, self.temperature,
+        spaces, z, pos_item = gather_rows(F.normalize(spaces, dim=-1), F.normalize(z, dim=-1), batch.pos_item)
+        terms = pretraining_terms(spaces, z, self.missing_modality_mask(pos_item), pos_item, self.temperature,
                                   self.legacy)
         weight = {"nip": self.nip_weight, "cmcl": self.cmcl_weight}
         return {"loss": sum(weight[name.partition("_")[0]] * term for name, term in terms.items()), **terms}
@@ -208,13 +217,13 @@ class MP4SR(StreamRecommender):
 # %% ../../nbs/53_models.mp4sr.ipynb #disturbed
 def _disturbed(self, batch):
     "Encode shortened and mixed histories `[B, 2, D]`, and their next items `[B, 2, D]`; each item is encoded once."
-    drop_rate, swap_rate = torch.rand(2).tolist()
+    drop_rate, swap_rate = from_main(lambda: torch.rand(2).tolist())
     batch = drop_items(batch, draw_item_drop(batch.item_pad_mask, self.max_drop * drop_rate))
     ids, place = torch.cat([batch.item_seq.flatten(), batch.pos_item]).unique(return_inverse=True)
     z = self.m2se.items(ids)
     x = z[place[:batch.item_seq.numel()]].unflatten(0, batch.item_seq.shape)
     if self.mixup: x = swap_streams(x, draw_swaps(batch.item_pad_mask, self.max_swap * swap_rate))
-    return encode_last(self.m2se, x, batch), z[place[batch.item_seq.numel():]]
+    return encode_ends(self.m2se, x, batch), z[place[batch.item_seq.numel():]]
 
 MP4SR._disturbed = _disturbed
 

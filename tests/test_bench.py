@@ -1,0 +1,297 @@
+"The benchmark counts, compares, continues and complains as it says; nothing here depends on how fast anything is."
+import json
+import sys
+from dataclasses import replace
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+from mmseqrec import bench
+from mmseqrec.artifacts import read_json
+from mmseqrec.bench import (TRAINING_CASES, BenchOptions, BenchWorker, MemoryMeter, Trainee, bench_cases, bench_main,
+                            bench_parser, bench_tables, bench_text, count_operations, describe_machine, matrix_rate,
+                            measure_job, measure_seconds, measure_startup, measure_training, paired_ratio, peer_config,
+                            plot_floor_share, plot_growth, plot_throughput, process_memory, reference_loss, run_bench,
+                            serve_commands, spread_places, stored_benches, synthetic_store, write_prefixes)
+from mmseqrec.data.sequences import TEST, TRAIN, VALID, prefix_batches
+from mmseqrec.data.sources import read_benchmark
+
+TINY = dict(hidden_size=16, inner_size=16, n_layers=2, n_heads=2, dropout=.5, max_len=12, batch_size=64, lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(write_prefixes(synthetic_store(60, 40, max_length=12), tmp_path_factory.mktemp("bench") / "Syn", 8))
+
+def tiny_options(folder=None, **changes):
+    return BenchOptions(**{**dict(bench=folder, rounds=2, round_seconds=.01, threads=1, size="quick", sizes=TINY),
+                           **changes})
+
+def trainee(folder, name, **options):
+    return Trainee(TRAINING_CASES[name], folder, peer_config(folder, **TINY), **options)
+
+
+# Clock, meter, floor
+
+def test_memory_that_was_given_back_is_seen():
+    meter = MemoryMeter()
+    meter.reset()
+    block = np.ones(8_000_000)
+    del block
+    assert meter.growth() > 50e6
+    assert process_memory(peak=True) >= process_memory() > 0
+
+def test_seconds_come_with_the_result():
+    seconds, result = measure_seconds(lambda: 7)
+    assert seconds >= 0 and result == 7
+
+def test_rate_of_a_product():
+    assert matrix_rate((8, 8, 8), seconds=0) > 0 and matrix_rate((8, 8, 8), "bf16", seconds=0) > 0
+
+def test_operations_of_a_linear_layer():
+    layer, rows = torch.nn.Linear(5, 7), torch.randn(3, 5)
+    assert count_operations(lambda: layer(rows)) == 2 * 3 * 5 * 7
+    assert count_operations(lambda: layer(rows).sum().backward()) == 2 * 2 * 3 * 5 * 7  # rows need no gradient
+
+def test_operations_of_attention_are_not_hidden_in_a_fused_kernel():
+    q = torch.randn(2, 3, 6, 4)
+    run = lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert count_operations(run) == 2 * (2 * 3) * (2 * 6 * 6 * 4)
+
+
+# Data
+
+def test_synthetic_histories():
+    store = synthetic_store(500, 100, 9.0, 30)
+    lengths = np.diff(store.offsets)
+    assert lengths.min() >= 4 and lengths.max() <= 30 and 8 < lengths.mean() < 10
+    assert len(store.rows(TEST)) == len(store.rows(VALID)) == 500
+    assert np.array_equal(store.items, synthetic_store(500, 100, 9.0, 30).items)
+
+def test_written_prefixes_are_read_back(folder):
+    made, read = synthetic_store(60, 40, max_length=12), read_benchmark(folder)
+    assert read.split.interactions.n_events == len(made.items) and (read.split.stage == made.stage).all()
+    assert read.features("text").shape[1] == 8 and read.features("dropped_text").any()
+    names = [int(read.split.interactions.item_tokens[item]) + 1 for item in read.split.interactions.item]
+    assert np.array_equal(names, made.items)
+    assert tiny_options(folder).feature_size(folder) == 8
+
+def test_peer_sizes(folder):
+    config = peer_config(folder)
+    assert (config.hidden_size, config.inner_size, config.n_layers, config.n_heads) == (300, 256, 2, 2)
+    assert (config.dropout, config.lr, config.max_len, config.batch_size) == (.5, 1e-3, 50, 256)
+    assert peer_config(folder, n_heads=4).n_heads == 4
+
+
+# Training
+
+def test_spread_batches_stand_for_all():
+    sizes = np.random.default_rng(0).permutation(120)
+    for start in range(5):
+        places = spread_places(sizes, 12, start)
+        assert len(set(places)) == 12 and abs(sizes[places].mean() - sizes.mean()) <= 5
+    assert sorted(spread_places(sizes, 500)) == list(range(120))
+
+@pytest.mark.parametrize("name", TRAINING_CASES)
+def test_every_case_trains(folder, name):
+    case = trainee(folder, name)
+    before = [p.detach().clone() for p in case.model.parameters()]
+    found = case.train(2)
+    assert found["steps"] == 2 and found["seconds"] > 0 and found["rate"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, case.model.parameters()))
+    assert case.count(1)["operations"] > 0
+    assert case.facts["n_targets"] > 0
+    if case.case.phase == "finetune":
+        assert case.facts["n_targets"] == len(case.store.rows(TRAIN))
+        assert case.evaluate()["rows"] == 60
+
+@pytest.mark.parametrize("name", ("sasrec", "unisrec", "missrec"))
+def test_reference_mode_is_the_same_loss(folder, name):
+    case = trainee(folder, name, reference=True)
+    model, batch = case.model.eval(), prefix_batches(case.store, TRAIN, 32, 12)[0]
+    slow, fast = reference_loss(model, batch), model.finetune_loss(batch)
+    torch.testing.assert_close(slow["loss"], fast["loss"], rtol=1e-4, atol=1e-5)
+    assert case.train(1)["steps"] == 1
+
+def test_reference_mode_pretrains_as_well(folder):
+    case = trainee(folder, "missrec_pretrain", reference=True)
+    batch = prefix_batches(case.store, TRAIN, 16, 12)[0]
+    assert reference_loss(case.model, batch, "pretrain")["loss"].isfinite()
+
+def test_reference_mode_computes_more(folder):
+    slow, fast = (trainee(folder, "unisrec", reference=reference).count(2)["operations"] for reference in (True, False))
+    assert slow > fast
+
+def test_bf16_runs(folder): assert trainee(folder, "sasrec", precision="bf16").train(1)["steps"] == 1
+
+
+# Processes
+
+def test_a_process_answers():
+    code = ("from mmseqrec.bench import serve_commands\n"
+            "commands = {'double': lambda x: print('noise') or {'y': 2 * x}}\n"
+            "serve_commands(lambda: print('more noise'), lambda: ({'fact': 1}, commands))")
+    command = [sys.executable, "-c", code]
+    with BenchWorker(command) as worker:
+        assert worker.facts["fact"] == 1 and worker.facts["memory"] >= 0
+        answer = worker.ask(do="double", x=4)
+        assert answer["y"] == 8 and answer["seconds"] >= 0 and answer["memory"] >= 0
+
+def test_a_process_that_dies_says_why():
+    with pytest.raises(RuntimeError, match="the kettle ended before it answered; its last words: .*boiled dry"):
+        BenchWorker([sys.executable, "-c", "raise ValueError('boiled dry')"], title="the kettle")
+    assert callable(serve_commands)
+
+def test_pairs_with_the_reference_mode(folder):
+    found = measure_training("sasrec", tiny_options(folder), folder)
+    assert found["peer"] == "reference mode, not the released code" and set(found["sides"]) == {"ours", "bf16", "peer"}
+    for side in found["sides"].values():
+        assert len(side["rounds"]) == 2
+        for each in side["rounds"]: assert each["targets_per_second"] > 0 and each["memory"] > 0 and each["share"] > 0
+    ours, peer = found["sides"]["ours"], found["sides"]["peer"]
+    assert ours["n_targets"] == peer["n_targets"] and abs(ours["steps_per_epoch"] - peer["steps_per_epoch"]) <= 1
+    middle, low, high = paired_ratio(found)
+    assert low <= middle <= high
+
+def test_without_a_peer_there_is_no_ratio(folder):
+    assert paired_ratio({"sides": {"ours": {"rounds": [{"targets_per_second": 1.0}]}}}) is None
+
+@pytest.mark.parametrize("job, settings", [
+    ("machine", {}), ("interests", {"method": "kmeans", "n_tokens": 300}),
+    ("interests", {"method": "dpc_knn", "n_tokens": 300}), ("features", {"modality": "text", "n": 8}),
+    ("features", {"modality": "image", "n": 4}), ("prepare", {"suffix": "csv", "n_events": 5000}),
+    ("growth_users", {"n": 50}), ("growth_length", {"n": 8}), ("growth_items_evaluation", {"n": 200, "rows": 20})])
+def test_jobs(job, settings):
+    found = bench._JOBS[job](device="cpu", **settings)
+    assert found.get("seconds", 1) > 0
+    if "rates" in found: assert all(rate > 0 for rates in found["rates"].values() for rate in rates.values())
+    if "n" in found: assert found["n"] == next(v for k, v in settings.items() if k.startswith("n"))
+
+def test_a_job_in_its_own_process():
+    found = measure_job("growth_items_loss", tiny_options(), n=20_000, rows=32)
+    assert found["memory"] > found["held"] == 2 * 20_000 * 64 * 4 and found["all_scores"] == 4 * 32 * 20_000
+
+def test_startup():
+    found = measure_startup(tiny_options())["startup"]
+    assert list(found) == ["import mmseqrec", "import mmseqrec.training", "mmseqrec --help"]
+    assert all(len(times) == 1 and times[0] > 0 for times in found.values())
+
+
+# The whole
+
+def test_a_stopped_benchmark_continues(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "measure_job", lambda job, options, **settings: {"seconds": 1.0, **settings})
+    told, options = [], tiny_options(folder, only=("interests/kmeans",))
+    first = run_bench(options, tmp_path / "b.json", told.append)
+    both = run_bench(replace(options, only=("interests/",)), tmp_path / "b.json", told.append)
+    assert told == ["interests/kmeans", "interests/dpc_knn"] and not both["problems"]
+    assert both["cases"]["interests/kmeans"] == first["cases"]["interests/kmeans"]
+    assert read_json(tmp_path / "b.json")["cases"] == both["cases"]
+    with pytest.raises(ValueError, match="other settings; name another file"):
+        run_bench(replace(options, rounds=3), tmp_path / "b.json")
+
+def test_a_case_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    def fail(): raise RuntimeError("no luck")
+    monkeypatch.setattr(bench, "bench_cases", lambda *args: {"bad": fail, "good": lambda: {"points": []}})
+    found = run_bench(tiny_options(n_users=20, n_items=10), tmp_path / "b.json")
+    assert found["problems"] == {"bad": "no luck"} and list(read_json(tmp_path / "b.json")["cases"]) == ["good"]
+
+def test_names_of_cases(folder):
+    names = list(bench_cases(tiny_options(folder), folder))
+    assert {f"training/{name}" for name in TRAINING_CASES} < set(names) and "machine" in names
+    assert set(bench_cases(tiny_options(folder, only=("growth",)), folder)) == {n for n in names if n[:6] == "growth"}
+    with pytest.raises(ValueError, match="no case 'nonsense'; there are machine"):
+        bench_cases(tiny_options(folder, only=("nonsense",)), folder)
+
+def test_the_result_names_the_machine_and_no_folder(folder):
+    made = describe_machine(tiny_options())
+    assert made["cpu"] and made["threads"] == 1 and made["versions"]["torch"] and made["gpu"] is None
+    assert folder not in json.dumps(tiny_options(folder).settings())
+
+
+# Reading
+
+@pytest.fixture
+def record():
+    def side(*speeds): return {"steps_per_epoch": 3, "n_targets": 9, "rounds": [
+        {"targets_per_second": s, "users_per_second": 2 * s, "memory": 1e7, "evaluation_memory": 2e7, "share": .1}
+        for s in speeds]}
+    case = {"title": "A", "phase": "finetune", "goal": 3, "peer": "B", "sides": {
+        "ours": side(40., 60., 50.), "bf16": side(80., 90., 70.), "peer": side(10., 20., 10.)}}
+    point = {"n": 10, "seconds": 2., "memory": 3e6}
+    flat = {**point, "rows": 4, "held": 1e6, "all_scores": 160}
+    return {"provenance": describe_machine(tiny_options()), "settings": {}, "cases": {
+        "training/a": case, "interests/kmeans": {"points": [point]}, "growth/users": {"points": [point]},
+        "growth/items_loss": {"points": [flat]}, "growth/items_evaluation": {"points": [flat]},
+        "startup": {"startup": {"import": [.5]}},
+        "machine": {"rates": {"square": {"no": 2e9, "bf16": 4e9}}}}}
+
+def test_tables(record):
+    tables = bench_tables(record)
+    columns, (row,) = tables["Training, targets a second"]
+    assert dict(zip(columns, row)) == {"system": "A", "32 bits": "50", "bf16": "80", "peer": "10", "ratio":
+                                       "4.0 [3.0, 5.0]", "asked": "3", "share of floor": "10%", "steps": "3",
+                                       "peer's": "3", "peer is": "B"}
+    ranking = tables["Full ranking, users a second; asked: 5 times the peer's"][1]
+    assert ranking == [["A", "100", "160", "20", "4.0 [3.0, 5.0]"]]
+    memory = tables["Growth of memory, MB; asked: a third of the peer's at most"][1]
+    assert memory == [["A", "10", "10", "1.00", "20", "20", "1.00"]]
+    rows = tables["What else takes time, and what grows"][1]
+    assert ["growth/items_loss", "10 x 4", "2.00", "5", "3", "2"] in rows and rows[-1][:3] == ["import", "", "0.50"]
+    text = bench_text(record)
+    assert "2 GFLOP/s in 32 bits, 4 in bf16" in text and "4.0 [3.0, 5.0]" in text
+
+def test_plots(record):
+    for key in ("targets_per_second", "users_per_second"):
+        ax = plot_throughput(record, key)
+        assert len(ax.patches) == 3 and [t.get_text() for t in ax.texts] == ["4.0 x"]
+    assert len(plot_floor_share(record).patches) == 2
+    left, middle, right = plot_growth(record).axes
+    assert len(left.lines) == len(middle.lines) == 1 and len(right.lines) == 3
+    assert plot_growth({"cases": {}}).axes
+    matplotlib.pyplot.close("all")
+
+def test_what_ships_can_be_read():
+    for record in stored_benches().values(): assert record["provenance"]["cpu"] in bench_text(record)
+
+
+# The command
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--bench", "no-such-folder"], "there is no folder no-such-folder"),
+    (["--recbole-python", "no-such-python"], "there is no interpreter no-such-python"),
+    (["--missrec-code", "."], "give --recbole-python, too"),
+    (["--unisrec-code", "no-such-code"], "there is no folder no-such-code; correct --unisrec-code"),
+    (["--only", "nonsense"], "there is no case 'nonsense'"),
+    (["--table", "--output", "no-such-file.json"], "no-such-file.json")])
+def test_mistakes_are_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert bench_main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mmseqrec.bench: ") and sentence in error and error.count("\n") == 1
+
+def test_a_folder_without_data_is_a_mistake(capsys, tmp_path):
+    assert bench_main(["--bench", str(tmp_path), "--output", str(tmp_path / "b.json")]) == 2
+    assert "holds no .train.inter file" in capsys.readouterr().err
+
+def test_the_command_runs_and_shows_its_table(tmp_path, capsys):
+    output = str(tmp_path / "b.json")
+    arguments = ["--quick", "--threads", "1", "--only", "features/text", "--output", output]
+    assert bench_main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "features/text" in shown.out and "features/text" in shown.err
+    assert bench_main(["--table", "--output", output]) == 0 and capsys.readouterr().out == shown.out
+
+def test_help_names_every_option(capsys):
+    text = bench_parser().format_help()
+    options = "bench recbole-python unisrec-code missrec-code only rounds threads device quick full output table"
+    for option in options.split(): assert f"--{option}" in text
+    assert "--worker" not in text
+
+def test_a_failed_case_is_told(tmp_path, capsys, monkeypatch):
+    def fail(): raise RuntimeError("no luck")
+    monkeypatch.setattr(bench, "bench_cases", lambda *args: {"bad": fail})
+    assert bench_main(["--output", str(tmp_path / "b.json")]) == 1
+    assert "bad: no luck" in capsys.readouterr().err
