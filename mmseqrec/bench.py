@@ -32,6 +32,7 @@ import numpy as np
 import polars as pl
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -325,6 +326,14 @@ def reference_loss(
     loss = full_softmax_cross_entropy(h, items.vectors, batch.pos_item - 1, model.temperature, score)
     return {"loss": loss if diversity is None else loss + model.diversity_weight * diversity}
 
+# %% ../nbs/82_bench.ipynb #first-step
+def _first_step():
+    "Have PyTorch import what it imports at the first step of an optimiser: that is no memory of the system's."
+    import torch
+    weight = torch.zeros(1, requires_grad=True)
+    weight.sum().backward()
+    torch.optim.Adam([weight]).step()
+
 # %% ../nbs/82_bench.ipynb #serve
 def serve_commands(
     load: Callable,  # imports what is needed; memory is counted from here on
@@ -335,6 +344,7 @@ def serve_commands(
     os.dup2(2, 1)  # what else is printed is no answer
     def answer(**values): print(json.dumps(values), file=answers, flush=True)
     load()
+    _first_step()
     meter = MemoryMeter()
     facts, commands = prepare()
     answer(memory=meter.growth(), **facts)
@@ -565,8 +575,8 @@ def _peer_folder(folder, scratch, pretrain):
 def _peer_worker(case, options, folder, scratch):
     "Start the process that measures a peer."
     pretrain = case.phase == "pretrain"
-    sources = [_HEAD, *map(inspect.getsource, (process_memory, MemoryMeter, serve_commands)), _DRIVERS[case.peer],
-               "\nserve_commands(load, prepare)\n"]
+    shared = map(inspect.getsource, (process_memory, MemoryMeter, _first_step, serve_commands))
+    sources = [_HEAD, *shared, _DRIVERS[case.peer], "\nserve_commands(load, prepare)\n"]
     driver = Path(scratch) / "driver.py"
     driver.write_text("\n".join(sources))
     code = {"unisrec": options.unisrec_code, "missrec": options.missrec_code}.get(case.peer)
@@ -669,7 +679,7 @@ def _warm(worker, side, options):
     "Take first steps, choose how many steps a round has, and count operations."
     worker.ask(do="train", steps=2)
     step = worker.ask(do="train", steps=2)["seconds"] / 2
-    facts = {key: value for key, value in worker.facts.items() if key != "memory"}
+    facts = {"prepared_memory" if key == "memory" else key: value for key, value in worker.facts.items()}
     steps = int(min(max(options.round_seconds / step, 3), facts["steps_per_epoch"]))
     own = "recbole" not in facts
     operations = worker.ask(do="count", steps=min(steps, 8))["operations"] if own else None
@@ -987,7 +997,8 @@ def plot_throughput(
         ax.annotate(" ".join(words), (_middle(case, "ours", key), place - .26), (4, 0), va="center", fontsize=8.5,
                     textcoords="offset points")
     ax.set_yticks(range(len(cases)), [case["title"] for case in cases])
-    ax.set(xscale="log", xlabel=key.replace("_per_", " a ").replace("_", " "), title="Speed")
+    ax.set(xscale="log", xlabel=key.replace("_per_", " a ").replace("_", " "),
+           title="Training" if key.startswith("targets") else "Ranking")
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -997,26 +1008,29 @@ def plot_throughput(
 def plot_growth(
     record: dict,  # what `run_bench` returned
 ) -> plt.Figure:
-    "Draw time against users and length, and memory against tokens and items, on logarithmic scales."
-    fig, axes = plt.subplots(1, 3, figsize=(9.6, 3))
+    "Draw time against users, speed against length, and memory against tokens and items, on logarithmic scales."
+    fig, axes = plt.subplots(2, 2, figsize=(8.6, 6.4))
     points = lambda name: record["cases"].get(name, {}).get("points", [])
     def lines(named, key): return {label: ([p["n"] for p in some], [key(p) for p in some])
                                    for label, some in named.items() if some}
-    left = lines({"against users": points("growth/users")}, lambda p: p["seconds"])
-    middle = lines({"k-means": points("interests/kmeans"), "DPC-kNN": points("interests/dpc_knn")},
+    users = lines({"SASRec": points("growth/users")}, lambda p: p["seconds"])
+    length = lines({"SASRec": points("growth/length")}, lambda p: p["targets_per_second"])
+    tokens = lines({"k-means": points("interests/kmeans"), "DPC-kNN": points("interests/dpc_knn")},
                    lambda p: max(p["memory"] / 1e6, 1))
     named = {}
     for what in ("loss", "evaluation"):
         for point in points(f"growth/items_{what}"): named.setdefault(f"{what}, {point['rows']} rows", []).append(point)
-    right = lines(named, lambda p: max((p["memory"] - p["held"]) / 1e6, 1))
+    items = lines(named, lambda p: max((p["memory"] - p["held"]) / 1e6, 1))
     scores = {p["n"]: p["all_scores"] / 1e6 for p in points("growth/items_loss")}
-    if scores: right["all scores at once"] = (list(scores), list(scores.values()))
-    for ax, some, title, xlabel, ylabel in ((axes[0], left, "An epoch of SASRec", "users", "seconds"),
-                                            (axes[1], middle, "Finding interests", "tokens", "MB"),
-                                            (axes[2], right, "Memory above item vectors", "items", "MB")):
+    if scores: items["all scores at once"] = (list(scores), list(scores.values()))
+    for ax, some, title, xlabel, ylabel in zip(axes.flat, (users, length, tokens, items), (
+            "An epoch of SASRec", "Speed by length of histories", "Finding interests", "Memory above item vectors"),
+            ("users", "events of a user", "tokens", "items"), ("seconds", "targets a second", "MB", "MB")):
         if some: plot_lines(some, title=title, xlabel=xlabel, ylabel=ylabel, marker="o", ax=ax)
-        ax.set(xscale="log", yscale="log")
-        if ax.get_legend(): ax.get_legend().set(visible=False) if len(some) < 2 else ax.legend(fontsize=7)
+        ends = np.log10([y for _, values in some.values() for y in values] or [1, 10])
+        ax.set(xscale="log", yscale="log", ylim=(10 ** np.floor(ends.min()), 10 ** np.ceil(ends.max() + .01)))
+        for axis in (ax.xaxis, ax.yaxis): axis.set_minor_formatter(NullFormatter())
+        if len(some) > 1: ax.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0, -.2))
     return fig
 
 # %% ../nbs/82_bench.ipynb #plot-share

@@ -183,12 +183,13 @@ def stored_grid(
     questions: dict[str, tuple[str, str]] | None = None,  # as in `run_grid`
     tiny: RunConfig | None = None,  # of the small grid; default: `tiny_config(config)`
     note: str = "",  # stored with the numbers, such as `"input not redistributable"`
+    data: RunData | None = None,  # prepared below `folder` by default
 ) -> dict:  # as `compute_or_load`; `"result"` is that of `run_grid` with `"statistics"`, `"tiny"` and `"note"`
     "Compute a grid, or load it."
     jobs = jobs or seed_first_jobs(config)
     def compute():
-        data = prepare_data(config, folder)
-        return {**run_grid(config, data, folder, jobs, questions), "statistics": data.statistics,
+        found = data or prepare_data(config, folder)
+        return {**run_grid(config, found, folder, jobs, questions), "statistics": found.statistics,
                 "tiny": run_tiny(tiny or tiny_config(config), Path(folder) / "tiny"), "note": note}
     versions = {name: SYSTEMS[name].result_version for name, _ in jobs}
     return compute_or_load(path, compute, {"config": config.to_dict(), "result_versions": versions,
@@ -210,7 +211,7 @@ def train_part(
     n_parts: int = 1,  # how many shares there are
     progress: bool = True,  # show progress bars
 ) -> None:
-    "Train every `n_parts`-th system and seed of a grid that is not trained yet."
+    "Train every `n_parts`-th system and seed of a grid that is not trained yet; all parts with as many threads."
     config, jobs = COMPARISONS[name], seed_first_jobs(COMPARISONS[name])[part::n_parts]
     data = prepare_data(config, Path(folder) / f"prepared-{part}", progress)
     for job in jobs: run_system(*job, data, config, folder, progress)
@@ -222,15 +223,15 @@ def store_comparison(
     cut: bool = False,  # keep to the trainings that are finished
 ) -> dict:  # as `stored_grid`
     "Summarise a grid and store it; trains what is missing unless `cut`."
-    config, jobs = COMPARISONS[name], seed_first_jobs(COMPARISONS[name])
+    config, jobs, models = COMPARISONS[name], seed_first_jobs(COMPARISONS[name]), Path(folder) / "models"
+    data = prepare_data(config, Path(folder) / "prepared-0")
     if cut:
-        data, models = prepare_data(config, folder), Path(folder) / "models"
         jobs = [job for job in jobs if load_result(models / f"{job[0]}-seed{job[1]}",
                                                    result_fingerprint(*job, data, config)) is not None]
         config = replace(config, systems=tuple(dict.fromkeys(name for name, _ in jobs)))
     note = "input not redistributable; aggregates only" if config.interactions else ""
     return stored_grid(path, folder, config, jobs, tiny=tiny_config(COMPARISONS["marketplace"], config.systems),
-                       note=note)
+                       note=note, data=data)
 
 # %% ../nbs/61_compare.ipynb #comparison-table
 def _rows_by(stored, metric):

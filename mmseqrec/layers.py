@@ -197,16 +197,16 @@ def encode_ends(
 def last_outputs(
     encoder: SequenceEncoder,
     x: Tensor,  # `[B, L, D]`, item vectors
-    item_pad_mask: Tensor,  # `[B, L]`, True where there is no item: on the right
+    item_seq_len: Tensor,  # `[B]`, items of each history, 1 or more; what comes after them is not looked at
 ) -> Tensor:  # `[B, D]`, what the encoder gives at the last item of each history
     "Encode histories, and in the last block only their last items."
     *blocks, block = encoder.blocks
     B, L, D = check_shape(x, "B L D").shape
-    check_shape(item_pad_mask, "B L", B=B, L=L)
+    item_pad_mask = torch.arange(L, device=x.device) >= check_shape(item_seq_len, "B", B=B)[:, None]
     if L > encoder.max_len: raise ValueError(f"a history of {L} items is longer than max_len = {encoder.max_len}")
     h = encoder.dropout(encoder.norm(x + encoder.position_emb.weight[:L]))
     for each in blocks: h = each(h, item_pad_mask, encoder.causal)
-    end, part = h[torch.arange(B, device=h.device), (~item_pad_mask).sum(1) - 1], block.attention
+    end, part = h[torch.arange(B, device=h.device), item_seq_len - 1], block.attention
     weight, bias = part.query_key_value.weight.split((D, 2 * D)), part.query_key_value.bias.split((D, 2 * D))
     q = F.linear(end, weight[0], bias[0]).view(B, part.n_heads, 1, -1)
     k, v = F.linear(h, weight[1], bias[1]).view(B, L, 2, part.n_heads, -1).permute(2, 0, 3, 1, 4)

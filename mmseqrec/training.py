@@ -201,7 +201,8 @@ def _has_idle_weights(model, batches, phase):
 def _prepare(accelerator, model, optimizer, store, phase):
     "Wrap model and optimizer for the device, the number format and other processes."
     if n_processes() > 1:
-        has_idle = _has_idle_weights(model, training_batches(model, store, phase), phase)
+        batches = training_batches(model, store, phase)
+        has_idle = len(batches) > 0 and _has_idle_weights(model, batches, phase)
         accelerator.ddp_handler.find_unused_parameters = has_idle
     with warnings.catch_warnings():  # torch 2.13 has a new name for `broadcast_buffers`, which older ones do not know
         warnings.simplefilter("ignore", FutureWarning)

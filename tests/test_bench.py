@@ -224,6 +224,7 @@ def record():
     flat = {**point, "rows": 4, "held": 1e6, "all_scores": 160}
     return {"provenance": describe_machine(tiny_options()), "settings": {}, "cases": {
         "training/a": case, "interests/kmeans": {"points": [point]}, "growth/users": {"points": [point]},
+        "growth/length": {"points": [{**point, "targets_per_second": 5.}]},
         "growth/items_loss": {"points": [flat]}, "growth/items_evaluation": {"points": [flat]},
         "startup": {"startup": {"import": [.5]}},
         "machine": {"rates": {"square": {"no": 2e9, "bf16": 4e9}}}}}
@@ -248,8 +249,8 @@ def test_plots(record):
         ax = plot_throughput(record, key)
         assert len(ax.patches) == 3 and [t.get_text() for t in ax.texts] == ["4.0 x"]
     assert len(plot_floor_share(record).patches) == 2
-    left, middle, right = plot_growth(record).axes
-    assert len(left.lines) == len(middle.lines) == 1 and len(right.lines) == 3
+    users, length, tokens, items = plot_growth(record).axes
+    assert len(users.lines) == len(length.lines) == len(tokens.lines) == 1 and len(items.lines) == 3
     assert plot_growth({"cases": {}}).axes
     matplotlib.pyplot.close("all")
 

@@ -139,7 +139,7 @@ def test_parts_are_disjoint_and_together_the_grid(prepared, tmp_path):
     for part in (0, 1):
         train_part("small", tmp_path, part, 2, progress=False)
         done.append({path.name for path in (tmp_path / "models").iterdir()} - set().union(*done))
-    assert len(done[0]) == 4 and len(done[1]) == 4 and len(prepared) == len(set(prepared)) == 2
+    assert len(done[0]) == 4 and len(done[1]) == 4 and len(prepared) == len(set(prepared)) == 2, "each in a folder of its own"
     record = store_comparison("small", tmp_path, tmp_path / "small.json")
     assert record["result"]["note"].startswith("input not redistributable") and record["result"]["statistics"] == {"n_users": 40}
     assert set(record["result"]) == {"runs", "systems", "users", "statistics", "tiny", "note"}

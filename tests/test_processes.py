@@ -19,6 +19,7 @@ from two_processes import PRETRAINED
 
 HERE = Path(__file__).parent
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE))), "TQDM_DISABLE": "1"}
+OWN = ("generator", "seed")  # each process has its own
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 STEPS = [*(f"finetune {name}" for name in LEARNING), *(f"pretrain {name}" for name in PRETRAINED), "words content_unisrec",
          "words content_missrec", "legacy unisrec", "kappas missrec", "three rows content_mmsrec"]
@@ -95,8 +96,8 @@ def test_a_model_taken_out_of_its_wrapper_would_be_noticed(story, found):
 @pytest.mark.parametrize("story", QUIET)
 def test_a_run_of_two_is_a_run_of_one(story, found, folder):
     one, first, second = (each[story] for each in found)
-    close(one, first, but=["generator"])
-    assert equal(first, second, but=["generator"])
+    close(one, first, but=OWN)
+    assert equal(first, second, but=OWN)
     alone, together, other = histories(folder, story)
     assert together == other and alone[1:] == together[1:] and len(alone[0]) == len(together[0])
     for a, b in zip(alone[0], together[0]): assert a == pytest.approx(b, abs=1e-5)
@@ -105,7 +106,8 @@ def test_a_run_of_two_is_a_run_of_one(story, found, folder):
 @pytest.mark.parametrize("story", ["calm", "undisturbed"])
 def test_with_dropout_both_have_the_same_weights_and_draw_differently(story, found, folder):
     one, first, second = (each[story] for each in found)
-    assert equal(first, second, but=["generator"]) and not torch.equal(first["generator"], second["generator"])
+    assert equal(first, second, but=OWN)
+    assert first["seed"] == one["seed"] != second["seed"] and not torch.equal(first["generator"], second["generator"])
     assert not equal(one, first) and histories(folder, story)[1] == histories(folder, story)[2]
 
 
@@ -132,7 +134,7 @@ def test_one_file_holds_the_generators_of_both(folder):
 
 def test_counting_needs_no_others(found, folder):
     one, first, second = (each["counting"] for each in found)
-    assert equal(one, first, but=["generator"]) and equal(first, second, but=["generator"])
+    assert equal(one, first, but=OWN) and equal(first, second, but=OWN)
     assert histories(folder, "counting")[0] == histories(folder, "counting")[1]
 
 

@@ -244,15 +244,15 @@ def test_last_outputs_equal_the_encoder(causal, n_layers):
     set_seed(0)
     encoder = SequenceEncoder(8, n_layers, 2, 16, dropout=0., attention_dropout=0., max_len=6, causal=causal).double()
     x, batch = torch.randn(3, 5, 8, dtype=torch.float64), collate([[1, 2, 3], [1], [1, 2, 3, 4, 5]], 9)
-    torch.testing.assert_close(last_outputs(encoder, x, batch.item_pad_mask),
+    torch.testing.assert_close(last_outputs(encoder, x, batch.item_seq_len),
                                take_positions(encoder(x, batch.item_pad_mask), batch))
     with pytest.raises(ValueError, match="longer than max_len = 6"):
-        last_outputs(encoder, torch.randn(1, 7, 8).double(), torch.zeros(1, 7, dtype=torch.bool))
+        last_outputs(encoder, torch.randn(1, 7, 8).double(), torch.tensor([7]))
 
 
 def test_last_outputs_drop_in_training_only():
     set_seed(0)
     encoder = SequenceEncoder(8, 2, 2, 16, dropout=.5, attention_dropout=.5, max_len=6)
-    x, hidden = torch.randn(4, 5, 8), torch.zeros(4, 5, dtype=torch.bool)
-    draws = [last_outputs(encoder, x, hidden) for _ in range(2)]
-    assert not torch.equal(*draws) and torch.equal(last_outputs(encoder.eval(), x, hidden), last_outputs(encoder, x, hidden))
+    x, lengths = torch.randn(4, 5, 8), torch.tensor([5, 1, 3, 5])
+    draws = [last_outputs(encoder, x, lengths) for _ in range(2)]
+    assert not torch.equal(*draws) and torch.equal(last_outputs(encoder.eval(), x, lengths), last_outputs(encoder, x, lengths))

@@ -57,13 +57,14 @@ def every_item(item_pad_mask, rate):
 
 # One step
 
-def one_step(name, phase, batch_size=17, unwrapped=False, place=0, **options):
+def one_step(name, phase, batch_size=17, unwrapped=False, **options):
     "Take a step that moves nothing; returns the losses of the whole batch and all gradients."
     model, store = build(name, **QUIET | options).double(), make_store(60, seed=2)
     accelerator = training._accelerate("cpu", "no")
     training._start_epoch(model, store, 0)
     wrapped, optimizer = training._prepare(accelerator, model, torch.optim.SGD(model.parameters(), lr=0.), store, phase)
     batches, history = training_batches(model, store, phase, batch_size), History()
+    place = next((place for place, group in enumerate(batches.groups) if len(group) % 2), 0)  # the shares are uneven
     share, = process_batches(batches[place:place + 1])
     training._train_step(accelerator, model if unwrapped else wrapped, optimizer, phase, None, history, share)
     training._settle(history)
@@ -98,8 +99,8 @@ def run(name, phase="finetune", path=None, options=QUIET, **settings):
     if options.get("dropout") == 0: model.double()
     store = make_store(60, seed=2)
     history = fit(model, store, phase, checkpoint=path, **QUICK | settings)
-    return weights(model) | {"generator": torch.get_rng_state(), "ranks": torch.from_numpy(evaluate(model, store, TEST).ranks)}, \
-        plain(history)
+    generator = {"generator": torch.get_rng_state(), "seed": torch.tensor(torch.initial_seed())}
+    return weights(model) | generator | {"ranks": torch.from_numpy(evaluate(model, store, TEST).ranks)}, plain(history)
 
 
 class Stop(Exception): pass

@@ -191,7 +191,7 @@ class CausalRecommender(Recommender):
 
     def _read(self, x, batch, positions):
         if positions is None and isinstance(self.encoder, SequenceEncoder):
-            return self._direction(last_outputs(self.encoder, x, batch.item_pad_mask))
+            return self._direction(last_outputs(self.encoder, x, batch.item_seq_len))
         return self._direction(take_positions(self.encoder(x, batch.item_pad_mask), batch, positions))
 
     def _direction(self, x): return (F.normalize(x, dim=-1) if self.cosine else x)[:, None]

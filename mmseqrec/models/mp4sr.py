@@ -148,8 +148,8 @@ class StreamRecommender(StreamItems):
 
     def _read(self, x, batch, positions):
         if positions is None:
-            streams, hidden = x.transpose(1, 2).flatten(0, 1), batch.item_pad_mask.repeat_interleave(2, 0)
-            return F.normalize(last_outputs(self.m2se.encoder, streams, hidden).unflatten(0, (-1, 2)), dim=-1)
+            streams, lengths = x.transpose(1, 2).flatten(0, 1), batch.item_seq_len.repeat_interleave(2)
+            return F.normalize(last_outputs(self.m2se.encoder, streams, lengths).unflatten(0, (-1, 2)), dim=-1)
         h = self.m2se(x, batch.item_pad_mask).flatten(2)
         return F.normalize(take_positions(h, batch, positions).unflatten(1, (2, -1)), dim=-1)
 

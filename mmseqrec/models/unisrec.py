@@ -146,7 +146,7 @@ class TextRecommender(TextTower):
         return self.encoder(x, batch.item_pad_mask, return_attention=True)[1]
 
     def _read(self, x, batch, positions):
-        if positions is None: h = last_outputs(self.encoder, x, batch.item_pad_mask)
+        if positions is None: h = last_outputs(self.encoder, x, batch.item_seq_len)
         else: h = take_positions(self.encoder(x, batch.item_pad_mask), batch, positions)
         return F.normalize(h, dim=-1)[:, None]
 
