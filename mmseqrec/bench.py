@@ -855,10 +855,10 @@ def bench_cases(
         "growth/items_loss": plane("growth_items_loss", (256, 1024), *items),
         "growth/items_evaluation": plane("growth_items_evaluation", (256, 1024), *items)}
     if options.only is None: return cases
-    chosen = {name: run for name, run in cases.items() if any(name.startswith(o) for o in options.only)}
-    lost = [o for o in options.only if not any(name.startswith(o) for name in cases)]
+    chosen = {o: [o] if o in cases else [name for name in cases if name.startswith(o)] for o in options.only}
+    lost = [o for o, names in chosen.items() if not names]
     if lost: raise ValueError(f"there is no case {lost[0]!r}; there are {', '.join(cases)}")
-    return chosen
+    return {name: run for name, run in cases.items() if name in sum(chosen.values(), [])}
 
 # %% ../nbs/82_bench.ipynb #describe
 def describe_machine(

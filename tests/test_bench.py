@@ -202,6 +202,7 @@ def test_names_of_cases(folder):
     names = list(bench_cases(tiny_options(folder), folder))
     assert {f"training/{name}" for name in TRAINING_CASES} < set(names) and "machine" in names
     assert set(bench_cases(tiny_options(folder, only=("growth",)), folder)) == {n for n in names if n[:6] == "growth"}
+    assert list(bench_cases(tiny_options(folder, only=("training/missrec",)), folder)) == ["training/missrec"]
     with pytest.raises(ValueError, match="no case 'nonsense'; there are machine"):
         bench_cases(tiny_options(folder, only=("nonsense",)), folder)
 

@@ -292,13 +292,34 @@ def test_items_with_nothing_score_zero_and_have_no_interest():
 
 def test_every_item_of_a_step_is_encoded_once():
     model, asked = shaken(), []
-    model.adapters.register_forward_pre_hook(lambda module, args: asked.append(None if not args else args[0].tolist()))
+    model.adapters.register_forward_pre_hook(lambda module, args: asked.append(None if not args or args[0] is None else args[0].tolist()))
     model.encode_sequence(collate(HISTORIES, 10))
     model.pretrain_loss(asking(REPEATED))
     for ids in asked: assert len(set(ids)) == len(ids)
     asked.clear()
     model.finetune_loss(asking(REPEATED))
     assert asked == [None], "the table of candidates also gives the inputs"
+
+
+@pytest.mark.parametrize("options", [{}, dict(transductive=True), dict(candidate_fusion="per_item", transductive=True),
+                                     dict(text_size=None)], ids=str)
+def test_a_sample_of_everything_is_everything(options):
+    "The loss and each gradient; fewer candidates are fewer items in the adapters."
+    found = []
+    for n_candidates in (None, V - 1):
+        model = shaken(**options, n_candidates=n_candidates).train()
+        for part in model.modules():
+            if isinstance(part, torch.nn.Dropout): part.p = 0.
+        loss = model.finetune_loss(asking(REPEATED))["loss"]
+        found.append((loss.item(), gradients_of(model, loss)))
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-9)
+    for name, g in found[0][1].items(): torch.testing.assert_close(found[1][1][name], g, **CLOSE, msg=name)
+    model, asked = shaken(**options, n_candidates=1).train(), []
+    model.adapters.register_forward_pre_hook(lambda module, args: asked.append(args[0] if args else None))
+    model.finetune_loss(asking([3], [[1, 2]]))
+    assert {1, 2, 3} <= set(asked[0].tolist()) and len(asked[0]) <= 4
+    model.eval().finetune_loss(asking(REPEATED))
+    assert asked[1] is None, "evaluation compares with all"
 
 
 def views_of(model):

@@ -29,7 +29,7 @@ from ..figures import COLORS
 from ..interest_decoder import InterestEncoderDecoder
 from ..interests import assign_interests, discover_interests, interest_sets
 from ..layers import Centring, Dropout, check_features, init_weights
-from ..losses import full_softmax_cross_entropy, interest_diversity
+from ..losses import full_softmax_cross_entropy, interest_diversity, items_of_step
 from ..recommender import Items, Recommender, resize_item_embedding
 
 # %% ../../nbs/55_models.missrec.ipynb #frozen-features
@@ -355,20 +355,25 @@ InterestHistories._view, InterestHistories._table, InterestHistories._look = _vi
 # %% ../../nbs/55_models.missrec.ipynb #interest-losses
 class InterestLosses(InterestHistories):
     "Train on the whole catalogue or on other users' next items; subclasses also set what the losses are weighed by."
+    n_candidates = None  # compare with so many items a step, see `draw_candidates`; `None`: with all
 
     def finetune_loss(
         self,
         batch: Batch,  # with `pos_item [T]`, the items that came next
     ) -> dict[str, Tensor]:  # `"loss"`, `"cross_entropy"`, `"diversity"`
         "Compute the cross-entropy of the next items over the whole catalogue, and the likeness of interests."
-        batch, tokens = expand_prefixes(batch, batch.positions), self.adapters()
-        sequence, contexts = encode_histories(self, *self._table(tokens), self._view(batch))
-        items = self._streams(tokens[1:], torch.arange(1, len(tokens), device=tokens.device))
+        batch = expand_prefixes(batch, batch.positions)
+        step = items_of_step(batch.item_seq, batch.pos_item, self.catalogue.n_items,
+                             self.n_candidates if self.training else None)
+        ids = None if step.candidate is None else step.ids  # all, or those that the step looks at
+        tokens, rows = self.adapters(ids), slice(None) if ids is None else ids
+        sequence, contexts = encode_histories(self, *self._table(tokens, rows), self._view(batch, ids))
+        items = self._streams(step.candidates(tokens), step.candidates(step.ids[:, None])[:, 0])
         score = lambda u, vectors, kappa: fused_score(u, vectors, kappa, items.missing_stream_mask,
                                                       self.item_emb is not None)
-        terms = {"cross_entropy": full_softmax_cross_entropy(sequence[:, None], items.vectors, batch.pos_item - 1,
-                                                             self.temperature, score, [self._kappa(items.ids)]),
-                 "diversity": self._diversity(contexts)}
+        loss = full_softmax_cross_entropy(sequence[:, None], items.vectors, step.target, self.temperature, score,
+                                          [self._kappa(items.ids)], log_weight=step.log_weight)
+        terms = {"cross_entropy": loss, "diversity": self._diversity(contexts)}
         return {"loss": terms["cross_entropy"] + self.diversity_weight * terms["diversity"], **terms}
 
     def _diversity(self, contexts):
@@ -475,6 +480,7 @@ class MISSRec(InterestPretraining):
         keep_false_negatives: bool = False,  # as the released code: see `sequence_item_loss`
         released_alignment: bool = False,  # as the released code: item drop leaves the pictures where they were
         released_diversity: bool = False,  # as the released code: see `interest_diversity`
+        n_candidates: int | None = None,  # sample so many items a step, see `draw_candidates`; `None`: all
         frozen_trunk: bool = False,  # train adapters, input normalisation, kappa and learned vectors only
     ):
         super().__init__()
@@ -488,7 +494,7 @@ class MISSRec(InterestPretraining):
         self.register_buffer("interest_emb", torch.zeros(n_interests + 1, hidden_size))
         self.register_buffer("interest_of_item", torch.zeros(n_items + 1, n_modalities, dtype=torch.long))
         self.max_len, self.temperature, self.has_pretraining = max_len, temperature, not transductive
-        self.interest_ratio, self.interest_method = interest_ratio, interest_method
+        self.interest_ratio, self.interest_method, self.n_candidates = interest_ratio, interest_method, n_candidates
         self.diversity_weight, self.sequence_weight = diversity_weight, sequence_weight
         self.item_drop, self.word_drop = item_drop, word_drop
         self.word_drop_share = word_drop_share if text_size else 0.0
