@@ -90,7 +90,7 @@ def get_precision(
     return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
 
 # %% ../nbs/00_core.ipynb #processes
-_OWN = []  # one entry for each `each_for_itself` block that is under way
+_OWN = []  # one entry for each `each_for_itself` block (below) that is under way
 
 def join_processes(
     device: str = "auto",  # where this process shall compute, as in `get_device`
@@ -109,7 +109,7 @@ def process_index() -> int:  # 0 to W - 1
     return dist.get_rank() if n_processes() > 1 else 0
 
 def is_main_process() -> bool:
-    "Tell whether this process is number 0, who writes files and speaks."
+    "Tell whether this process is number 0, which writes files and prints."
     return process_index() == 0
 
 # %% ../nbs/00_core.ipynb #agree

@@ -83,7 +83,7 @@ def _distinct(tokens):
     for part in tokens.split(_rows_at_once(tokens, D, None)):
         whole = torch.int64 if part.element_size() * D % 8 == 0 else torch.int32  # two floats at once
         bits = (part + 0.0).contiguous().view(whole).long() * 0x9E3779B97F4A7C1
-        keys.append(((bits ^ bits >> 29) * factors[:bits.shape[1]]).sum(1))  # other rows about never share a key
+        keys.append(((bits ^ bits >> 29) * factors[:bits.shape[1]]).sum(1))  # other rows almost never share a key
     place = torch.cat(keys).unique(return_inverse=True)[1]
     rows = torch.arange(N, device=tokens.device)
     first = rows.new_full((int(place.max()) + 1,), N).scatter_reduce_(0, place, rows, "amin")

@@ -195,7 +195,7 @@ def encode_ends(
 
 # %% ../nbs/30_layers.ipynb #last-outputs
 def last_outputs(
-    encoder: SequenceEncoder,
+    encoder: SequenceEncoder,  # its last block is run for one position a history
     x: Tensor,  # `[B, L, D]`, item vectors
     item_seq_len: Tensor,  # `[B]`, items of each history, 1 or more; what comes after them is not looked at
 ) -> Tensor:  # `[B, D]`, what the encoder gives at the last item of each history

@@ -72,9 +72,9 @@ def full_softmax_cross_entropy(
     score: Callable = dot_score,  # `(sequence, vectors, *parameters) -> [T, N]`
     parameters: Sequence[Tensor] = (),  # other tensors that `score` takes and that may need gradients
     max_elements: int = 1 << 25,  # scores held at once; 32 bits each
-    log_weight: Tensor | None = None,  # `[N]`, added to scores over tau: see `draw_candidates`; `None`: zeros
+    log_weight: Tensor | None = None,  # `[N]`, added to scores over tau where a sample stands for all; `None`: zeros
 ) -> Tensor:  # a single number, the mean over the T rows
-    "Cross-entropy of the next item against the whole catalogue."
+    "Cross-entropy of the next item against all candidates."
     T, N = len(check_shape(target, "T", T=len(sequence))), len(vectors)
     if T == 0: raise ValueError("no targets: the batch holds no position with a next item")
     logits = score if log_weight is None else _weighted(score, temperature * check_shape(log_weight, "N", N=N))
@@ -116,13 +116,13 @@ class StepItems:
     ids: Tensor  # `[N]` catalogue rows, ascending, each once; 0 is padding
     place: Tensor  # `[B, L]`, row of `ids` of each item of the histories
     target: Tensor  # `[T]`, which candidates were taken next
-    log_weight: Tensor | None = None  # `[C]` of each candidate; `None`: zeros
-    candidate: Tensor | None = None  # `[C]`, row of `ids` of each candidate; `None`: all but padding
+    log_weight: Tensor | None = None  # `[n_candidates]` of each candidate; `None`: zeros
+    candidate: Tensor | None = None  # `[n_candidates]`, row of `ids` of each; `None`: all but padding
 
     def candidates(
         self,
         vectors: Tensor,  # `[N, ...]`, one for each of `ids`
-    ) -> Tensor:  # `[C, ...]`
+    ) -> Tensor:  # `[n_candidates, ...]`
         "Take what belongs to the candidates."
         if self.candidate is None: return vectors[1:]
         return F.embedding(self.candidate, vectors.flatten(1)).unflatten(1, vectors.shape[1:])
@@ -136,7 +136,7 @@ def items_of_step(
 ) -> StepItems:
     "List the items of histories and candidates, each once. Raises `ValueError` for a sample of less than one item."
     if n_drawn is not None and n_drawn < 1:
-        raise ValueError(f"n_candidates must be at least 1, got {n_drawn}; None compares with all items")
+        raise ValueError(f"n_drawn (n_candidates of a model) must be at least 1, got {n_drawn}; None compares with all")
     if n_drawn is None: return StepItems(torch.arange(n_items + 1, device=item_seq.device), item_seq, pos_item - 1)
     chosen, target, log_weight = draw_candidates(pos_item, n_items, n_drawn)
     ids, place = torch.cat([item_seq.flatten(), chosen]).unique(return_inverse=True)

@@ -381,7 +381,7 @@ def test_the_items_of_a_step_are_found_where_it_says(n_drawn):
 
 
 def test_no_candidates_are_refused():
-    with pytest.raises(ValueError, match="n_candidates must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n_drawn .n_candidates of a model. must be at least 1, got 0"):
         items_of_step(torch.tensor([[1]]), torch.tensor([2]), 5, 0)
 
 
