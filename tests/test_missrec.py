@@ -345,6 +345,26 @@ def test_pieces_are_read_as_one_batch(piece_cost, fusion):
     for name in a_gradients: torch.testing.assert_close(a_gradients[name], b_gradients[name], **CLOSE, msg=name)
 
 
+@pytest.mark.parametrize("phase", ["finetune", "pretrain"])
+def test_what_is_computed_twice_has_the_same_numbers_and_gradients(phase, monkeypatch):
+    "With dropout on; and nothing is computed twice while the interests of a step are few."
+    found, passes = [], []
+    original = InterestEncoderDecoder.forward
+    monkeypatch.setattr(InterestEncoderDecoder, "forward", lambda *a, **k: passes.append(1) or original(*a, **k))
+    for kept_numbers in (1 << 20, 100, 0):
+        model = shaken(dropout=.3).train()
+        monkeypatch.setattr(model, "kept_numbers", kept_numbers)
+        set_seed(0)
+        terms = model(asking(REPEATED), phase)
+        passes.clear()
+        found.append((number(terms), gradients_of(model, terms["loss"]), len(passes), torch.rand(3)))
+    few, some, all_of_it = found
+    assert few[2] == 0 < some[2] <= all_of_it[2]
+    for other in (some, all_of_it):
+        assert other[0] == few[0] and torch.equal(other[3], few[3]), "later draws are the same, too"
+        for name, g in few[1].items(): assert torch.equal(other[1][name], g), name
+
+
 # Fine-tuning
 
 @each_option

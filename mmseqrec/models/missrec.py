@@ -11,6 +11,7 @@ __all__ = ['FrozenFeatures', 'ItemAdapters', 'HistoryInput', 'fuse_modalities', 
 
 # %% ../../nbs/55_models.missrec.ipynb #imports
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..augment import draw_item_drop, draw_word_drop, drop_items
 from ..contrastive import gather_rows, sequence_item_loss, sequence_sequence_loss
@@ -290,20 +292,24 @@ def encode_histories(
     piece_cost: int | None = None,  # see `length_chunks`
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:  # `[B, D]` of length 1; contexts and their padding, piece by piece
     "Encode histories in pieces of like length."
-    rows, found, contexts = [], [], []
+    rows, found, contexts, kept = [], [], [], 0
     for some, piece in length_chunks(view.batch, piece_cost):
         place, ids = view.place[some, :piece.item_seq.shape[1]], view.interest_seq[some]
         if not model.released_diversity: ids = ids[:, :max(int((ids > 0).sum(1).max()), 1)]  # it counts padding
         learned = None if model.item_emb is None else model.item_emb(piece.item_seq)
         x, hidden, asked = model.inputs(F.embedding(place, table), missing_token_mask[place], piece.item_pad_mask,
                                         learned)
-        y, context = model.trunk(x, hidden, F.embedding(ids, model.interest_emb), ids == 0, asked=asked)
+        kept += ids.numel() * table.shape[1]
+        many = kept > model.kept_numbers and torch.is_grad_enabled()
+        trunk = partial(checkpoint, model.trunk, use_reentrant=False) if many else model.trunk
+        y, context = trunk(x, hidden, F.embedding(ids, model.interest_emb), ids == 0, asked=asked)
         rows.append(some), found.append(y[:, 0]), contexts.append((context, ids == 0))
     return F.normalize(torch.cat(found)[torch.cat(rows).argsort()], dim=-1), contexts
 
 # %% ../../nbs/55_models.missrec.ipynb #interest-histories
 class InterestHistories(InterestItems):
     "Read histories beside their interests; subclasses also set `inputs` and `trunk`."
+    kept_numbers = 1 << 20  # numbers in the interests of a step; for what is beyond, the trunk runs twice
 
     def encode_sequence(
         self,
