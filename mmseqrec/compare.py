@@ -37,7 +37,8 @@ _SCIENTIFIC = replace(_KITCHEN, interactions="scientific/interactions.csv", item
 _FILMS = replace(_SCIENTIFIC, interactions="ml1m/interactions.csv", items="ml1m/items.csv",
                  text_features="ml1m/text_minilm384.npy", image_features="ml1m/image_efflite0_1280.npy", max_len=20,
                  batch_size=1024, lr=3e-3, epochs=10, patience=3, pretrain_epochs=3,
-                 systems=tuple(name for name in _SCIENTIFIC.systems if not name.endswith("_ids_scratch")))
+                 systems=("popularity", "markov", "sasrec", "gru4rec", "content_sasrec", "unisrec_scratch",
+                          "missrec_scratch", "unisrec", "unisrec_ids", "missrec"))
 COMPARISONS = {"marketplace": _KITCHEN, "scientific": _SCIENTIFIC, "ml1m": _FILMS}
 
 # %% ../nbs/61_compare.ipynb #jobs
