@@ -27,19 +27,14 @@ from .figures import COLORS
 
 # %% ../nbs/61_compare.ipynb #grids
 _NOT_PRETRAINED = ("mp4sr_content_scratch", "unisrec_scratch", "mmsrec_scratch", "missrec_scratch", "mp4sr_scratch",
-              "unisrec_ids_scratch", "missrec_ids_scratch")
+                   "unisrec_ids_scratch", "missrec_ids_scratch")
 COMPARED = ("popularity", "markov", "sasrec", "gru4rec", "bert4rec", "content_sasrec", *_NOT_PRETRAINED,
             *(name.removesuffix("_scratch") for name in _NOT_PRETRAINED))
 _KITCHEN = RunConfig(systems=COMPARED, seeds=(0, 1, 2), patience=6, device="cpu")
 _SCIENTIFIC = replace(_KITCHEN, interactions="scientific/interactions.csv", items="scientific/items.csv",
                       text_features="scientific/text_clip512.npy", image_features="scientific/image_clip512.npy",
                       systems=tuple(name for name in COMPARED if not SYSTEMS[name].reads_keywords))
-_FILMS = replace(_SCIENTIFIC, interactions="ml1m/interactions.csv", items="ml1m/items.csv",
-                 text_features="ml1m/text_minilm384.npy", image_features="ml1m/image_efflite0_1280.npy", max_len=20,
-                 batch_size=1024, lr=3e-3, epochs=10, patience=3, pretrain_epochs=3,
-                 systems=("popularity", "markov", "sasrec", "gru4rec", "content_sasrec", "unisrec_scratch",
-                          "missrec_scratch", "unisrec", "unisrec_ids", "missrec"))
-COMPARISONS = {"marketplace": _KITCHEN, "scientific": _SCIENTIFIC, "ml1m": _FILMS}
+COMPARISONS = {"marketplace": _KITCHEN, "scientific": _SCIENTIFIC}
 
 # %% ../nbs/61_compare.ipynb #jobs
 def seed_first_jobs(
