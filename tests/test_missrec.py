@@ -345,6 +345,19 @@ def test_pieces_are_read_as_one_batch(piece_cost, fusion):
     for name in a_gradients: torch.testing.assert_close(a_gradients[name], b_gradients[name], **CLOSE, msg=name)
 
 
+def test_ranking_reads_few_places_at_a_time(monkeypatch):
+    "The same vectors, in parts as small as asked for."
+    model, sizes = shaken().eval(), []
+    original = InterestEncoderDecoder.forward
+    monkeypatch.setattr(InterestEncoderDecoder, "forward", lambda self, x, *a, **k: sizes.append(x.shape[:2].numel()) or original(self, x, *a, **k))
+    with torch.no_grad():
+        whole = model.encode_sequence(asking(REPEATED))
+        before, _ = max(sizes), sizes.clear()
+        monkeypatch.setattr(model, "kept_numbers", 6 * 2 * model.interest_emb.shape[1])
+        torch.testing.assert_close(model.encode_sequence(asking(REPEATED)), whole, **CLOSE)
+    assert max(sizes) <= 6 < before
+
+
 @pytest.mark.parametrize("phase", ["finetune", "pretrain"])
 def test_what_is_computed_twice_has_the_same_numbers_and_gradients(phase, monkeypatch):
     "With dropout on; and nothing is computed twice while the interests of a step are few."

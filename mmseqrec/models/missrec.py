@@ -284,6 +284,12 @@ class HistoryView:
     place: Tensor  # `[B, L, M]`, row of each token in the table
     interest_seq: Tensor  # `[B, Q]`, interests of each history, 0 = padding
 
+def _in_parts(pieces, most):
+    "Cut pieces of a batch into parts of at most `most` places."
+    for some, piece in pieces:
+        for rows in torch.arange(len(some), device=some.device).split(max(1, most // piece.item_seq.shape[1])):
+            yield some[rows], piece._map(lambda value: value[rows])
+
 def encode_histories(
     model: InterestItems,  # with `inputs` and `trunk`
     table: Tensor,  # `[N, D]`, tokens
@@ -292,15 +298,17 @@ def encode_histories(
     piece_cost: int | None = None,  # see `length_chunks`
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:  # `[B, D]` of length 1; contexts and their padding, piece by piece
     "Encode histories in pieces of like length."
-    rows, found, contexts, kept = [], [], [], 0
-    for some, piece in length_chunks(view.batch, piece_cost):
+    rows, found, contexts, kept, pieces = [], [], [], 0, length_chunks(view.batch, piece_cost)
+    if not torch.is_grad_enabled():  # nothing is kept, so the memory of a step is that of its largest part
+        pieces = _in_parts(pieces, model.kept_numbers // (view.place.shape[2] * table.shape[1]))
+    for some, piece in pieces:
         place, ids = view.place[some, :piece.item_seq.shape[1]], view.interest_seq[some]
         if not model.released_diversity: ids = ids[:, :max(int((ids > 0).sum(1).max()), 1)]  # it counts padding
         learned = None if model.item_emb is None else model.item_emb(piece.item_seq)
         x, hidden, asked = model.inputs(F.embedding(place, table), missing_token_mask[place], piece.item_pad_mask,
                                         learned)
         kept += ids.numel() * table.shape[1]
-        many = kept > model.kept_numbers and torch.is_grad_enabled()
+        many = torch.is_grad_enabled() and kept > model.kept_numbers
         trunk = partial(checkpoint, model.trunk, use_reentrant=False) if many else model.trunk
         y, context = trunk(x, hidden, F.embedding(ids, model.interest_emb), ids == 0, asked=asked)
         rows.append(some), found.append(y[:, 0]), contexts.append((context, ids == 0))
