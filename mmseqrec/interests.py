@@ -189,7 +189,7 @@ def _squared_distances(some, tokens):
     "Compute squared distances `[n, N]`, divided by D."
     with torch.autocast(tokens.device.type, enabled=False):
         squares = torch.addmm(some.square().sum(1)[:, None] + tokens.square().sum(1), some, tokens.T, alpha=-2)
-    return squares.clamp_(min=0) / tokens.shape[1]
+    return squares.clamp_(min=0).div_(tokens.shape[1])
 
 def _log_density(some, tokens, k, block):
     "Average the k smallest squared distances of each of `some` tokens; also find the largest distance."
@@ -203,15 +203,16 @@ def _log_density(some, tokens, k, block):
 
 def _distance_to_denser(tokens, largest, block):
     "Find the distance of each token to the nearest before it; the first gets the largest distance there is."
-    tokens, nearest, start = tokens - tokens.mean(0), [], 0
-    for part in tokens.split(_rows_at_once(tokens, max(tokens.shape), block)):
-        end = start + len(part)
+    tokens, nearest, end = tokens - tokens.mean(0), [], len(tokens)
+    parts = tokens.split(_rows_at_once(tokens, max(tokens.shape), block))
+    for part in reversed(parts):  # the widest block first: the others fit into its memory
+        start = end - len(part)
         squares = _squared_distances(part, tokens[:end])
         hidden = torch.ones(len(part), len(part), dtype=torch.bool, device=tokens.device).triu()
         squares[:, start:].masked_fill_(hidden, torch.inf)
         nearest.append(squares.argmin(1))
-        start = end
-    delta = (tokens - tokens[torch.cat(nearest)]).square().mean(1).sqrt()  # small distances to all digits
+        end = start
+    delta = (tokens - tokens[torch.cat(nearest[::-1])]).square().mean(1).sqrt()  # small distances to all digits
     delta[0] = largest
     return delta
 
