@@ -50,19 +50,24 @@ def count_interests(
 # %% ../nbs/34_interests.ipynb #nearest
 def _rows_at_once(tokens, width, block):
     "Count the rows of `width` numbers that fit a block."
-    return max(1, (block or (1 << 22 if tokens.device.type == "cpu" else 1 << 24)) // max(width, 1))
+    return max(1, (block or (1 << 20 if tokens.device.type == "cpu" else 1 << 24)) // max(width, 1))
+
+def _blocks(n, *columns):
+    "Cut tensors of equal length into blocks of `n` rows, to read from and to write into."
+    return zip(*(column.split(n) for column in columns))
 
 def _nearest(tokens, centers, block=None, rows=None):
     "Find the nearest centre of each token, or of some `rows`, and the squared distance: `(place [N], distance [N])`."
     shift = centers.mean(0)  # changes no distance, and keeps rounding errors small
     centers = centers - shift
-    half, found = centers.square().sum(1) / 2, []
-    for part in (tokens if rows is None else rows).split(_rows_at_once(tokens, max(centers.shape), block)):
+    half, asked = centers.square().sum(1) / 2, tokens if rows is None else rows
+    found = torch.empty(len(asked), dtype=torch.long, device=tokens.device), tokens.new_empty(len(asked))
+    for part, place, distance in _blocks(_rows_at_once(tokens, max(centers.shape), block), asked, *found):
         part = (part if rows is None else tokens[part]) - shift
         with torch.autocast(tokens.device.type, enabled=False):
-            least, place = torch.addmm(half, part, centers.T, alpha=-1).min(1)
-        found.append((place, (part.square().sum(1) + 2 * least).clamp(min=0)))
-    return tuple(map(torch.cat, zip(*found)))
+            torch.min(torch.addmm(half, part, centers.T, alpha=-1), 1, out=(distance, place))
+        distance.mul_(2).add_(part.square().sum(1)).clamp_(min=0)
+    return found
 
 # %% ../nbs/34_interests.ipynb #distinct
 def _check_tokens(tokens, n_clusters):
@@ -149,7 +154,7 @@ def cluster_kmeans(
     n_clusters: int,  # C, at least 1; there are no more clusters than different tokens
     seed: int = 0,
     max_steps: int = 50,  # stop here if the clusters still change
-    block: int | None = None,  # numbers held at once; 2**22 on the CPU and 2**24 elsewhere by default
+    block: int | None = None,  # numbers held at once; 2**20 on the CPU and 2**24 elsewhere by default
     history: list | None = None,  # gets the mean squared distance after each step
 ) -> tuple[Tensor, Tensor]:  # centres `[C, D]` in at least 32 bits, and the cluster of each token `[N]`, 0 to C - 1
     "Cluster by k-means until no token changes its cluster; no cluster is empty. Raises `ValueError` for no tokens."
@@ -171,7 +176,7 @@ def cluster_kmeans(
 def density_peaks(
     tokens: Tensor,  # `[N, D]`, finite
     n_neighbours: int | None = None,  # k, a token counts among its own; `max(ceil(N / 10), 1)` by default
-    block: int | None = None,  # numbers held at once; 2**22 on the CPU and 2**24 elsewhere by default
+    block: int | None = None,  # numbers held at once; 2**20 on the CPU and 2**24 elsewhere by default
 ) -> tuple[Tensor, Tensor]:  # the logarithm of the density, and the distance to the nearest denser token; both `[N]`
     "Measure how dense it is around each token, and how far the next denser one is (DPC-kNN)."
     tokens = _check_tokens(tokens, 1)
@@ -185,34 +190,34 @@ def density_peaks(
     return log_density[place], delta[place]
 
 # %% ../nbs/34_interests.ipynb #peaks-parts
-def _squared_distances(some, tokens):
-    "Compute squared distances `[n, N]`, divided by D."
+def _squared_distances(some, tokens, lengths):
+    "Compute squared distances `[n, N]`, divided by D; `lengths` `[N]` are squared lengths of the tokens."
     with torch.autocast(tokens.device.type, enabled=False):
-        squares = torch.addmm(some.square().sum(1)[:, None] + tokens.square().sum(1), some, tokens.T, alpha=-2)
+        squares = (some.square().sum(1)[:, None] + lengths).addmm_(some, tokens.T, alpha=-2)
     return squares.clamp_(min=0).div_(tokens.shape[1])
 
 def _log_density(some, tokens, k, block):
     "Average the k smallest squared distances of each of `some` tokens; also find the largest distance."
-    shift, found = tokens.mean(0), []  # taking it away changes no distance, and keeps rounding errors small
+    shift = tokens.mean(0)  # taking it away changes no distance, and keeps rounding errors small
     some, tokens = some - shift, tokens - shift
-    for part in some.split(_rows_at_once(tokens, max(tokens.shape), block)):
-        squares = _squared_distances(part, tokens)
-        found.append((-squares.topk(k, largest=False, sorted=False).values.mean(1), squares.amax(1)))
-    log_density, largest = map(torch.cat, zip(*found))
+    lengths, (log_density, largest) = tokens.square().sum(1), some.new_empty(2, len(some))
+    for part, density, far in _blocks(_rows_at_once(tokens, max(tokens.shape), block), some, log_density, largest):
+        squares = _squared_distances(part, tokens, lengths)
+        density.copy_(-squares.topk(k, largest=False, sorted=False).values.mean(1))
+        far.copy_(squares.amax(1))
     return log_density, largest.max().sqrt()
 
 def _distance_to_denser(tokens, largest, block):
     "Find the distance of each token to the nearest before it; the first gets the largest distance there is."
-    tokens, nearest, end = tokens - tokens.mean(0), [], len(tokens)
-    parts = tokens.split(_rows_at_once(tokens, max(tokens.shape), block))
-    for part in reversed(parts):  # the widest block first: the others fit into its memory
-        start = end - len(part)
-        squares = _squared_distances(part, tokens[:end])
+    tokens, end = tokens - tokens.mean(0), 0
+    lengths, nearest = tokens.square().sum(1), torch.empty(len(tokens), dtype=torch.long, device=tokens.device)
+    for part, found in _blocks(_rows_at_once(tokens, max(tokens.shape), block), tokens, nearest):
+        start, end = end, end + len(part)
+        squares = _squared_distances(part, tokens[:end], lengths[:end])
         hidden = torch.ones(len(part), len(part), dtype=torch.bool, device=tokens.device).triu()
         squares[:, start:].masked_fill_(hidden, torch.inf)
-        nearest.append(squares.argmin(1))
-        end = start
-    delta = (tokens - tokens[torch.cat(nearest[::-1])]).square().mean(1).sqrt()  # small distances to all digits
+        found.copy_(squares.argmin(1))
+    delta = (tokens - tokens[nearest]).square().mean(1).sqrt()  # small distances to all digits
     delta[0] = largest
     return delta
 
@@ -238,7 +243,7 @@ def cluster_dpc_knn(
     tokens: Tensor,  # `[N, D]`, finite
     n_clusters: int,  # C, at least 1; there are no more clusters than different tokens
     n_neighbours: int | None = None,  # k, a token counts among its own; `max(ceil(N / 10), 1)` by default
-    block: int | None = None,  # numbers held at once; 2**22 on the CPU and 2**24 elsewhere by default
+    block: int | None = None,  # numbers held at once; 2**20 on the CPU and 2**24 elsewhere by default
 ) -> tuple[Tensor, Tensor]:  # centres `[C, D]` in at least 32 bits, and the cluster of each token `[N]`, 0 to C - 1
     "Cluster around density peaks; no cluster is empty. Raises `ValueError` for no tokens or no neighbours."
     tokens = _check_tokens(tokens, n_clusters)

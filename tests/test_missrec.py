@@ -345,16 +345,20 @@ def test_pieces_are_read_as_one_batch(piece_cost, fusion):
     for name in a_gradients: torch.testing.assert_close(a_gradients[name], b_gradients[name], **CLOSE, msg=name)
 
 
-def test_ranking_reads_few_places_at_a_time(monkeypatch):
-    "The same vectors, in parts as small as asked for."
+def test_few_places_are_read_at_a_time(monkeypatch):
+    "The same vectors and gradients, in parts as small as asked for."
     model, sizes = shaken().eval(), []
     original = InterestEncoderDecoder.forward
     monkeypatch.setattr(InterestEncoderDecoder, "forward", lambda self, x, *a, **k: sizes.append(x.shape[:2].numel()) or original(self, x, *a, **k))
-    with torch.no_grad():
-        whole = model.encode_sequence(asking(REPEATED))
-        before, _ = max(sizes), sizes.clear()
-        monkeypatch.setattr(model, "kept_numbers", 6 * 2 * model.interest_emb.shape[1])
-        torch.testing.assert_close(model.encode_sequence(asking(REPEATED)), whole, **CLOSE)
+    def vectors_and_gradients():
+        u = model.encode_sequence(asking(REPEATED))
+        weights = torch.randn(u.shape, generator=torch.Generator().manual_seed(0), dtype=u.dtype)
+        return u.detach(), gradients_of(model, (u * weights).sum())
+    (whole, whole_gradients), before, _ = vectors_and_gradients(), max(sizes), sizes.clear()
+    monkeypatch.setattr(model, "part_numbers", 6 * 2 * model.interest_emb.shape[1])
+    parts, gradients = vectors_and_gradients()
+    torch.testing.assert_close(parts, whole, **CLOSE)
+    for name, g in whole_gradients.items(): torch.testing.assert_close(gradients[name], g, **CLOSE, msg=name)
     assert max(sizes) <= 6 < before
 
 

@@ -298,17 +298,17 @@ def encode_histories(
     piece_cost: int | None = None,  # see `length_chunks`
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:  # `[B, D]` of length 1; contexts and their padding, piece by piece
     "Encode histories in pieces of like length."
-    rows, found, contexts, kept, pieces = [], [], [], 0, length_chunks(view.batch, piece_cost)
-    if not torch.is_grad_enabled():  # nothing is kept, so the memory of a step is that of its largest part
-        pieces = _in_parts(pieces, model.kept_numbers // (view.place.shape[2] * table.shape[1]))
-    for some, piece in pieces:
+    rows, found, contexts, kept = [], [], [], 0
+    scale = 1 if table.device.type == "cpu" else 32  # a GPU wants larger parts, and has the memory
+    most = scale * model.part_numbers // (view.place.shape[2] * table.shape[1])
+    for some, piece in _in_parts(length_chunks(view.batch, piece_cost), most):
         place, ids = view.place[some, :piece.item_seq.shape[1]], view.interest_seq[some]
         if not model.released_diversity: ids = ids[:, :max(int((ids > 0).sum(1).max()), 1)]  # it counts padding
         learned = None if model.item_emb is None else model.item_emb(piece.item_seq)
         x, hidden, asked = model.inputs(F.embedding(place, table), missing_token_mask[place], piece.item_pad_mask,
                                         learned)
         kept += ids.numel() * table.shape[1]
-        many = torch.is_grad_enabled() and kept > model.kept_numbers
+        many = torch.is_grad_enabled() and kept > scale * model.kept_numbers
         trunk = partial(checkpoint, model.trunk, use_reentrant=False) if many else model.trunk
         y, context = trunk(x, hidden, F.embedding(ids, model.interest_emb), ids == 0, asked=asked)
         rows.append(some), found.append(y[:, 0]), contexts.append((context, ids == 0))
@@ -317,7 +317,8 @@ def encode_histories(
 # %% ../../nbs/55_models.missrec.ipynb #interest-histories
 class InterestHistories(InterestItems):
     "Read histories beside their interests; subclasses also set `inputs` and `trunk`."
-    kept_numbers = 1 << 20  # numbers in the interests of a step; for what is beyond, the trunk runs twice
+    part_numbers = 1 << 19  # numbers in the tokens that are encoded together, 32 times as many on a GPU
+    kept_numbers = 1 << 20  # numbers in the interests of a step, likewise; for what is beyond, the trunk runs twice
 
     def encode_sequence(
         self,
