@@ -181,7 +181,7 @@ SYSTEMS = {system.name: system for system in (
     System("markov", "First-order Markov", COLORS["accent"], sized(Markov), has_seed=False, result_version=1),
     System("sasrec", "SASRec over IDs", COLORS["id"], sized(SASRec)),
     System("gru4rec", "GRU4Rec", "#a8927a", sized(GRU4Rec)),
-    System("bert4rec", "BERT4Rec", "#5f6f52", sized(BERT4Rec)),
+    System("bert4rec", "BERT4Rec", "#5f6f52", sized(BERT4Rec), result_version=3),
     System("content_sasrec", "SASRec over content", COLORS["both"], sized(ContentSASRec), needs="content"),
     _mp4sr("mp4sr_scratch", "MP4SR, not pre-trained", COLORS["scratch"], pretrained=False),
     _mp4sr("mp4sr", "MP4SR", COLORS["pretrained"]),

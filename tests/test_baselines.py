@@ -226,6 +226,27 @@ def test_gru_encoder_equals_the_equations():
     with pytest.raises(ValueError, match=r"\(L\).*must be 5, got 4"): encoder(x, item_pad_mask[:, :4])
 
 
+original = GRUEncoder.read_to_end
+
+
+def test_reading_to_the_end_equals_reading_every_position(monkeypatch):
+    set_seed(0)
+    encoder, table = GRUEncoder(hidden_size=4, state_size=7).double().eval(), torch.randn(9, 4, dtype=torch.float64)
+    place, lengths = torch.randint(9, (4, 6)), torch.tensor([2, 6, 1, 6])
+    every = encoder(table[place], torch.arange(6) >= lengths[:, None])
+    torch.testing.assert_close(encoder.read_to_end(table, place, lengths), every[torch.arange(4), lengths - 1], **CLOSE)
+    model, batch, fast = build("gru4rec").double(), collate([[1, 2, 3], [7], [4, 5, 6, 6, 1]], 10), []
+    monkeypatch.setattr(GRUEncoder, "read_to_end", lambda self, *a: fast.append(1) or original(self, *a))
+    slow = model.encode_sequence(batch)
+    with torch.no_grad():
+        assert not fast
+        torch.testing.assert_close(model.encode_sequence(batch), slow, **CLOSE)
+        assert len(fast) == 1 and model.encode_sequence(batch, torch.tensor([0, 1])).shape == (2, 1, model.item_emb.embedding_dim)
+        assert not torch.equal(model.train().encode_sequence(batch), model.encode_sequence(batch)), "dropout is on"
+        build("gru4rec", n_gru_layers=2).double().encode_sequence(batch)
+    assert len(fast) == 1
+
+
 def test_gru_drops_what_it_reads_in_training_only():
     x, item_pad_mask = torch.ones(1, 4, 4), torch.zeros(1, 4, dtype=torch.bool)
     encoder = GRUEncoder(4, dropout=.5)
@@ -270,6 +291,41 @@ def test_bert4rec_reads_a_position_as_a_history_of_its_own():
     torch.testing.assert_close(found, scores(model, [[1, 2, 3], [1], [7], [4, 5], [4, 5, 6]]), **CLOSE)
     late = collate([[1, 2, 3, 8], [7], [4, 5, 6]], 10)
     assert torch.equal(model.encode_sequence(late, asked[:2]), model.encode_sequence(batch, asked[:2]))
+
+
+@pytest.mark.parametrize("rows_a_part", [1, 5, 14])
+def test_bert4rec_in_parts(rows_a_part, monkeypatch):
+    "The same vectors and gradients, few rows at a time; what is computed twice draws the same dropout."
+    model, batch, sizes = build("bert4rec", dropout=0., attention_dropout=0.).double(), prefix_batches(make_store(), TRAIN, 16, 10)[0], []
+    whole = type(model.encoder).forward
+    monkeypatch.setattr(type(model.encoder), "forward", lambda self, x, *a, **k: sizes.append(len(x)) or whole(self, x, *a, **k))
+    def loss_and_gradients():
+        set_seed(3)
+        loss = model.train().finetune_loss(batch)["loss"]
+        return loss, torch.autograd.grad(loss, list(model.parameters()))
+    loss, gradients = loss_and_gradients()
+    assert sizes == [len(batch)] == [14]
+    width = batch.item_seq.shape[1] + 1
+    monkeypatch.setattr(model, "part_numbers", rows_a_part * width * model.item_emb.embedding_dim)
+    sizes.clear()
+    few, few_gradients = loss_and_gradients()
+    assert max(sizes) == rows_a_part and (sum(sizes) > 14) == (rows_a_part < 14)
+    torch.testing.assert_close(few, loss, **CLOSE)
+    for a, b in zip(few_gradients, gradients): torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_bert4rec_computes_twice_with_the_same_dropout(monkeypatch):
+    model, batch = build("bert4rec", dropout=.4, attention_dropout=.4).double(), prefix_batches(make_store(), TRAIN, 16, 10)[0]
+    monkeypatch.setattr(model, "part_numbers", 1)
+    found = []
+    for once in (False, True):
+        if once: monkeypatch.setattr("mmseqrec.models.baselines.checkpoint", lambda run, *a, use_reentrant: run(*a))
+        set_seed(3)
+        loss = model.train().finetune_loss(batch)["loss"]
+        found.append((loss, torch.autograd.grad(loss, list(model.parameters()))))
+    (twice, gradients), (once, expected) = found
+    assert torch.equal(twice, once)
+    for a, b in zip(gradients, expected): assert torch.equal(a, b)
 
 
 def test_bert4rec_looks_both_ways():

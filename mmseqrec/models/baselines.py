@@ -9,10 +9,13 @@ __all__ = ['Popularity', 'transition_counts', 'Markov', 'CausalRecommender', 'Le
            'BERT4Rec', 'ContentSASRec']
 
 # %% ../../nbs/50_models.baselines.ipynb #imports
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..augment import append_mask, cloze
 from ..core import check_shape
@@ -242,6 +245,25 @@ class GRUEncoder(nn.Module):
         check_shape(item_pad_mask, "B L", B=len(check_shape(x, "B L D")), L=x.shape[1])
         return self.output(self.gru(self.dropout(x))[0])
 
+    @torch.no_grad()
+    def read_to_end(
+        self,
+        table: Tensor,  # `[N, D]`, vectors of different items
+        place: Tensor,  # `[B, L]`, the row of the table that each item of the histories has
+        item_seq_len: Tensor,  # `[B]`, items of each history
+    ) -> Tensor:  # `[B, D]`: `forward` at each last item, without dropout and without gradients, of one layer
+        "Read histories to their ends only; what an item tells the gates is computed once an item."
+        gates, size = F.linear(table, self.gru.weight_ih_l0), self.gru.hidden_size
+        item_seq_len, order = item_seq_len.sort(descending=True)
+        n_reading = (item_seq_len > torch.arange(place.shape[1], device=place.device)[:, None]).sum(1)
+        h = table.new_zeros(len(place), size)
+        for rows, n in zip(place[order].T, n_reading.tolist()):
+            told, known = F.embedding(rows[:n], gates), F.linear(h[:n], self.gru.weight_hh_l0)
+            reset, update = (told[:, :2 * size] + known[:, :2 * size]).sigmoid_().chunk(2, 1)
+            proposal = known[:, 2 * size:].mul_(reset).add_(told[:, 2 * size:]).tanh_()
+            h[:n] = torch.lerp(proposal, h[:n], update)
+        return self.output(h)[order.argsort()]
+
 # %% ../../nbs/50_models.baselines.ipynb #gru4rec
 class GRU4Rec(LearnedItems, CausalRecommender):
     "Gated recurrent units over learned item embeddings (Hidasi et al. 2016), full-softmax cross-entropy."
@@ -265,6 +287,17 @@ class GRU4Rec(LearnedItems, CausalRecommender):
         self.encoder = GRUEncoder(hidden_size, state_size, n_gru_layers, dropout)
         init_weights(self)
         init_weights(self.item_emb, self.item_std)
+
+    def encode_sequence(
+        self,
+        batch: Batch,  # B histories
+        positions: Tensor | None = None,  # `[T]` flat positions; default: the last item of each row
+    ) -> Tensor:  # `[T, 1, D]`
+        "Encode the history up to each position; where only ends are asked for and nothing is trained, the fast way."
+        asks_more = positions is not None or self.training or torch.is_grad_enabled()
+        if asks_more or self.encoder.gru.num_layers > 1: return super().encode_sequence(batch, positions)
+        ids, place = batch.item_seq.unique(return_inverse=True)
+        return self._direction(self.encoder.read_to_end(self.item_vectors(ids), place, batch.item_seq_len))
 
 # %% ../../nbs/50_models.baselines.ipynb #sasrec
 class SASRec(LearnedItems, CausalRecommender):
@@ -292,6 +325,8 @@ class SASRec(LearnedItems, CausalRecommender):
 # %% ../../nbs/50_models.baselines.ipynb #bert4rec
 class BERT4Rec(LearnedItems):
     "Fill gaps with a bidirectional Transformer over learned item embeddings (Sun et al. 2019), full softmax."
+    part_numbers = 1 << 18  # numbers in the vectors that are encoded together, 32 times as many on a GPU
+
     def __init__(
         self,
         n_items: int = 0,  # V; follows the catalogue
@@ -354,9 +389,17 @@ def _look_up(self, item_seq):
     return torch.where(is_hidden[..., None], self.mask_emb.weight, x)
 
 def _fill(self, rows):
-    "Encode rows with hidden places and return the vectors `[T, 1, D]` at the asked ones."
-    x = self.encoder(self._look_up(rows.item_seq), rows.item_pad_mask)
-    return take_positions(x, rows, rows.positions)[:, None]
+    "Encode rows with hidden places and return the vectors `[T, 1, D]` at the asked ones, ascending; few at a time."
+    scale, width = 1 if self.device.type == "cpu" else 32, rows.item_seq.shape[1]
+    most = max(1, scale * self.part_numbers // (width * self.item_emb.embedding_dim))
+    parts, index, found = rows.item_seq.split(most), rows.query_index(), []
+    asked = index.split((index // (most * width)).bincount(minlength=len(parts)).tolist())
+    def encode(item_seq, places): return self.encoder(self._look_up(item_seq), item_seq == 0).flatten(0, 1)[places]
+    for number, (part, places) in enumerate(zip(parts, asked)):
+        is_last = number + 1 == len(parts)  # for the others nothing is kept, and gradients compute them once more
+        run = encode if is_last else partial(checkpoint, encode, use_reentrant=False)
+        found.append(run(part, places - number * most * width))
+    return torch.cat(found)[:, None]
 
 BERT4Rec._look_up, BERT4Rec._fill = _look_up, _fill
 
