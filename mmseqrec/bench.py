@@ -674,20 +674,19 @@ def measure_training(
             sides = {side: _warm(worker, side, options) for side, worker in workers.items()}
             for _ in range(options.rounds):
                 for side, worker in workers.items(): _round(worker, sides[side], case)
+            for side, worker in workers.items(): _count_floor(worker, sides[side])
             peer = _peer_name(case, workers["peer"]) if "peer" in workers else None
         finally:
             for worker in workers.values(): worker.close()
     return {"title": case.title, "phase": case.phase, "goal": case.goal, "peer": peer, "sides": sides}
 
 def _warm(worker, side, options):
-    "Take first steps, choose how many steps a round has, and count operations."
+    "Take first steps, and choose how many steps a round has."
     worker.ask(do="train", steps=2)
     step = worker.ask(do="train", steps=2)["seconds"] / 2
     facts = {"prepared_memory" if key == "memory" else key: value for key, value in worker.facts.items()}
     steps = int(min(max(options.round_seconds / step, 3), facts["steps_per_epoch"]))
-    own = "recbole" not in facts
-    operations = worker.ask(do="count", steps=min(steps, 8))["operations"] if own else None
-    return {**facts, "steps": steps, "operations": operations, "rounds": []}
+    return {**facts, "steps": steps, "operations": None, "rounds": []}
 
 def _round(worker, side, case):
     "Measure one round of one side, and append it."
@@ -695,11 +694,17 @@ def _round(worker, side, case):
     step = train["seconds"] / train["steps"]
     found = {"start_seconds": start["seconds"], "step_seconds": step, "memory": max(start["memory"], train["memory"]),
              "targets_per_second": side["n_targets"] / (start["seconds"] + side["steps_per_epoch"] * step)}
-    if side["operations"]: found["share"] = side["operations"] / train["rate"] / step
+    if "rate" in train: found["rate"] = train["rate"]
     if case.phase == "finetune":
         ranked = worker.ask(do="evaluate")
         found |= {"users_per_second": ranked["rows"] / ranked["seconds"], "evaluation_memory": ranked["memory"]}
     side["rounds"].append(found)
+
+def _count_floor(worker, side):
+    "Count the operations of a step of ours, last of all because that takes memory, and compare with the machine's rate."
+    if "recbole" in side: return
+    side["operations"] = worker.ask(do="count", steps=min(side["steps"], 8))["operations"]
+    for found in side["rounds"]: found["share"] = side["operations"] / found.pop("rate") / found["step_seconds"]
 
 # %% ../nbs/82_bench.ipynb #ratio
 def paired_ratio(

@@ -258,7 +258,7 @@ class GRUEncoder(nn.Module):
         n_reading = (item_seq_len > torch.arange(place.shape[1], device=place.device)[:, None]).sum(1)
         h = table.new_zeros(len(place), size)
         for rows, n in zip(place[order].T, n_reading.tolist()):
-            told, known = F.embedding(rows[:n], gates), F.linear(h[:n], self.gru.weight_hh_l0)
+            told, known = F.embedding(rows[:n], gates).to(h), F.linear(h[:n], self.gru.weight_hh_l0).to(h)
             reset, update = (told[:, :2 * size] + known[:, :2 * size]).sigmoid_().chunk(2, 1)
             proposal = known[:, 2 * size:].mul_(reset).add_(told[:, 2 * size:]).tanh_()
             h[:n] = torch.lerp(proposal, h[:n], update)
