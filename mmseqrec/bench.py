@@ -45,8 +45,9 @@ from .contrastive import sequence_item_loss, sequence_sequence_loss
 from .core import derive_seed, get_device, set_seed
 from .data.interactions import TEST, TRAIN, VALID, k_core, leave_one_out, read_interactions, save_split
 from .data.sequences import Batch, SequenceStore, prefix_batches
+from .data.sources import read_benchmark
 from .evaluation import evaluate
-from .experiments import SYSTEMS, RunConfig, prepare_data, sized
+from .experiments import SYSTEMS, RunConfig, sized
 from .features.encoders import catalogue_from_arrays, resolve_encoders
 from .figures import COLORS, plot_lines
 from .interests import cluster_dpc_knn, cluster_kmeans, interest_sets
@@ -184,13 +185,16 @@ class BenchCase:
     peer: str | None = None  # key of `PEERS`
     peer_settings: dict = field(default_factory=dict)  # what the peer's program is told beside the sizes
     goal: float | None = None  # least ratio that is asked for
+    reads_content: bool = True  # False: features are not read, as the peer does not
 
 _DPC = dict(interest_method="dpc_knn")
 TRAINING_CASES = {
-    "sasrec": BenchCase("SASRec", sized(SASRec), peer="recbole", peer_settings={"model": "SASRec"}, goal=25),
+    "sasrec": BenchCase("SASRec", sized(SASRec), peer="recbole", peer_settings={"model": "SASRec"}, goal=25,
+                        reads_content=False),
     "gru4rec": BenchCase("GRU4Rec", sized(GRU4Rec, state_size=300), peer="recbole",
-                         peer_settings={"model": "GRU4Rec"}),
-    "bert4rec": BenchCase("BERT4Rec", SYSTEMS["bert4rec"].build, peer="recbole", peer_settings={"model": "BERT4Rec"}),
+                         peer_settings={"model": "GRU4Rec"}, reads_content=False),
+    "bert4rec": BenchCase("BERT4Rec", SYSTEMS["bert4rec"].build, peer="recbole",
+                          peer_settings={"model": "BERT4Rec"}, reads_content=False),
     "unisrec": BenchCase("UniSRec, inductive", SYSTEMS["unisrec"].build, peer="unisrec",
                          peer_settings={"stage": "inductive_ft"}, goal=12),
     "unisrec_ids": BenchCase("UniSRec, transductive", SYSTEMS["unisrec_ids"].build, peer="unisrec",
@@ -229,10 +233,12 @@ class Trainee:
         reference: bool = False,  # the reference mode, see `reference_loss`
     ):
         set_seed(0)
-        with TemporaryDirectory() as scratch: data = prepare_data(config, scratch, progress=False)
-        self.case, self.store, self.precision, self.reference = case, data.store, precision, reference
-        self.device, self.round = get_device(config.device), 0
-        self.model = case.build(data.catalogue, config).set_catalogue(data.catalogue).to(self.device)
+        data = read_benchmark(folder)
+        features = {f"{kind}_emb": data.features(kind)[1:] for kind in (data.dumps if case.reads_content else ())}
+        catalogue = catalogue_from_arrays(data.split.interactions.item_tokens[1:], **features)
+        self.case, self.precision, self.reference = case, precision, reference
+        self.store, self.device, self.round = SequenceStore.from_split(data.split), get_device(config.device), 0
+        self.model = case.build(catalogue, config).set_catalogue(catalogue).to(self.device)
         weights = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(weights, lr=config.lr, fused=self.device.type in ("cpu", "cuda"))
         self.start()

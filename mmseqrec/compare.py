@@ -34,7 +34,12 @@ _KITCHEN = RunConfig(systems=COMPARED, seeds=(0, 1, 2), patience=6, device="cpu"
 _SCIENTIFIC = replace(_KITCHEN, interactions="scientific/interactions.csv", items="scientific/items.csv",
                       text_features="scientific/text_clip512.npy", image_features="scientific/image_clip512.npy",
                       systems=tuple(name for name in COMPARED if not SYSTEMS[name].reads_keywords))
-COMPARISONS = {"marketplace": _KITCHEN, "scientific": _SCIENTIFIC}
+_FILMS = replace(_SCIENTIFIC, interactions="ml1m/interactions.csv", items="ml1m/items.csv",
+                 text_features="ml1m/text_minilm384.npy", image_features="ml1m/image_efflite0_1280.npy", max_len=10,
+                 batch_size=1024, lr=3e-3, epochs=20, patience=3, pretrain_epochs=5,
+                 systems=("popularity", "markov", "sasrec", "gru4rec", "bert4rec", "content_sasrec", "unisrec_scratch",
+                          "missrec_scratch", "unisrec", "missrec"))
+COMPARISONS = {"marketplace": _KITCHEN, "scientific": _SCIENTIFIC, "ml1m": _FILMS}
 
 # %% ../nbs/61_compare.ipynb #jobs
 def seed_first_jobs(

@@ -532,12 +532,12 @@ def result_table(
     metrics: Sequence[str] = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "mrr"),  # as in `Evaluation.values`
     baseline: str = "markov",  # each system's difference to it is tested, user by user, on the first metric
 ) -> list[dict]:  # one row a system, in the order of the configuration
-    "Summarise a run: means over seeds, intervals over users, spread over seeds, parameters, seconds."
+    "Summarise a run: means over seeds, intervals over users, spread over seeds, parameters, median seconds."
     rows, groups = [], {}
     for result in run.results: groups.setdefault(result.system, []).append(result)
     for name, results in groups.items():
         row = {"system": name, "title": SYSTEMS[name].title, "n_seeds": len(results),
-               "n_parameters": results[0].n_parameters, "seconds": float(np.mean([r.seconds for r in results]))}
+               "n_parameters": results[0].n_parameters, "seconds": float(np.median([r.seconds for r in results]))}
         for metric in metrics:
             means = [user_means(r.evaluation.values(metric), r.evaluation.user) for r in results]  # one [U] a seed
             low, high = bootstrap_interval(np.mean(means, axis=0))

@@ -53,13 +53,16 @@ def test_jobs_are_few_and_the_first_seed_comes_first():
         assert abs(pretrained[0] - pretrained[1]) <= 3, "two processes have about the same to do"
 
 def test_settings_are_the_same_for_all_and_input_is_named_without_a_machine():
-    kitchen, scientific = COMPARISONS.values()
+    kitchen, scientific, films = COMPARISONS.values()
     assert (kitchen.lr, kitchen.batch_size, kitchen.patience, kitchen.hidden_size) == (1e-3, 256, 6, 64)
     same = {"interactions", "items", "text_features", "image_features", "systems"}
     assert {k for k, v in kitchen.to_dict().items() if scientific.to_dict()[k] != v} == same
-    assert not any(SYSTEMS[name].reads_keywords for name in scientific.systems)
-    for path in (scientific.interactions, scientific.items, scientific.text_features, scientific.image_features):
-        assert path.count("/") == 1 and not path.startswith(("/", ".", "~"))
+    shorter = {"max_len", "batch_size", "lr", "epochs", "patience", "pretrain_epochs"}
+    assert {k for k, v in kitchen.to_dict().items() if films.to_dict()[k] != v} == same | shorter
+    for config in (scientific, films):
+        assert not any(SYSTEMS[name].reads_keywords for name in config.systems)
+        for path in (config.interactions, config.items, config.text_features, config.image_features):
+            assert path.count("/") == 1 and not path.startswith(("/", ".", "~"))
 
 def test_pairs():
     pairs = asked_pairs(COMPARED)
