@@ -195,10 +195,9 @@ SYSTEMS = {system.name: system for system in (
     *_family(UniSRec, "UniSRec", COLORS["text"], needs="text", drops_words=True),
     *_family(MMSRec, "MMSRec", "#1f8a9e", needs="both", stays=("encoder.position_emb.",),
              pretrain_store=lambda store: pair_store(store.training_items, store.n_items)),
-    *_family(MISSRec, "MISSRec", COLORS["image"], needs="content", drops_words=True, stays=("item_emb.", "interest_"),
-             result_version=3),
+    *_family(MISSRec, "MISSRec", COLORS["image"], needs="content", drops_words=True, stays=("item_emb.", "interest_")),
     System("missrec_dpc_scratch", "MISSRec over density peaks, not pre-trained", COLORS["image"],
-           sized(MISSRec, interest_method="dpc_knn"), needs="content", variant_of="missrec", result_version=3),
+           sized(MISSRec, interest_method="dpc_knn"), needs="content", variant_of="missrec"),
 )}
 STANDARD = ("popularity", "markov", "sasrec", "content_sasrec", "mp4sr_scratch", "mp4sr", "missrec")
 ALL = tuple(name for name, system in SYSTEMS.items() if system.variant_of is None)  # without variants and ablations
