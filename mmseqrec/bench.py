@@ -9,8 +9,8 @@ __all__ = ['SHAPES', 'TRAINING_CASES', 'process_memory', 'MemoryMeter', 'measure
            'synthetic_store', 'write_prefixes', 'peer_config', 'BenchCase', 'spread_places', 'Trainee',
            'reference_loss', 'serve_commands', 'BenchWorker', 'BenchOptions', 'measure_training', 'paired_ratio',
            'measure_job', 'measure_startup', 'bench_cases', 'describe_machine', 'run_bench', 'bench_tables',
-           'bench_text', 'plot_throughput', 'plot_growth', 'plot_floor_share', 'stored_benches', 'bench_parser',
-           'bench_main']
+           'bench_text', 'bench_verdict', 'plot_throughput', 'plot_growth', 'plot_floor_share', 'stored_benches',
+           'bench_parser', 'bench_main']
 
 # %% ../nbs/82_bench.ipynb #imports
 import argparse
@@ -186,23 +186,24 @@ class BenchCase:
     peer_settings: dict = field(default_factory=dict)  # what the peer's program is told beside the sizes
     goal: float | None = None  # least ratio that is asked for
     reads_content: bool = True  # False: features are not read, as the peer does not
+    quoted: int | None = None  # targets a second of the released code, measured once on another two-core machine
 
 _DPC = dict(interest_method="dpc_knn")
 TRAINING_CASES = {
     "sasrec": BenchCase("SASRec", sized(SASRec), peer="recbole", peer_settings={"model": "SASRec"}, goal=25,
-                        reads_content=False),
+                        reads_content=False, quoted=205),
     "gru4rec": BenchCase("GRU4Rec", sized(GRU4Rec, state_size=300), peer="recbole",
                          peer_settings={"model": "GRU4Rec"}, reads_content=False),
     "bert4rec": BenchCase("BERT4Rec", SYSTEMS["bert4rec"].build, peer="recbole",
                           peer_settings={"model": "BERT4Rec"}, reads_content=False),
     "unisrec": BenchCase("UniSRec, inductive", SYSTEMS["unisrec"].build, peer="unisrec",
-                         peer_settings={"stage": "inductive_ft"}, goal=12),
+                         peer_settings={"stage": "inductive_ft"}, goal=12, quoted=94),
     "unisrec_ids": BenchCase("UniSRec, transductive", SYSTEMS["unisrec_ids"].build, peer="unisrec",
                              peer_settings={"stage": "transductive_ft"}),
     "missrec": BenchCase("MISSRec, inductive", sized(MISSRec, **_DPC), peer="missrec",
-                         peer_settings={"stage": "inductive_ft"}, goal=4.5),
+                         peer_settings={"stage": "inductive_ft"}, goal=4.5, quoted=189),
     "missrec_pretrain": BenchCase("MISSRec, pre-training", sized(MISSRec, interest_ratio=.02, **_DPC), "pretrain",
-                                  peer="missrec", peer_settings={"stage": "pretrain"}, goal=3),
+                                  peer="missrec", peer_settings={"stage": "pretrain"}, goal=3, quoted=184),
     "content_sasrec": BenchCase("SASRec over content", SYSTEMS["content_sasrec"].build),
     "mmsrec": BenchCase("MMSRec", SYSTEMS["mmsrec"].build),
     "mp4sr": BenchCase("MP4SR, fine-tuning", sized(MP4SR, transductive=True, projections=False)),
@@ -662,7 +663,8 @@ def _sides(name, options, folder, scratch):
 
 def _peer_name(case, worker):
     "Say what a case was compared with."
-    if "recbole" not in worker.facts: return "reference mode, not the released code"
+    if "recbole" not in worker.facts:
+        return f"reference mode, not the released code (on another machine that reached {case.quoted})"
     title = {"unisrec": "UniSRec, released code", "missrec": "MISSRec, released code"}.get(case.peer, "")
     return f"{title}{' on ' if title else ''}RecBole {worker.facts['recbole']}"
 
@@ -738,6 +740,12 @@ def _interests(method, n_tokens, device):
     seconds, _ = measure_seconds(run)
     return {"n": n_tokens, "seconds": seconds}
 
+def _paper_interests(device, n_tokens=900_000, n_clusters=17_900, width=300):
+    "Run one step of k-means at the size of MISSRec's pre-training: draw all centres, join the nearest, average."
+    tokens = torch.randn(n_tokens, width, generator=torch.Generator().manual_seed(0)).to(device)
+    seconds, (centers, _) = measure_seconds(lambda: cluster_kmeans(tokens, n_clusters, max_steps=1))
+    return {"n": n_tokens, "n_clusters": len(centers), "seconds": seconds, "held": tokens.nbytes + centers.nbytes}
+
 # %% ../nbs/82_bench.ipynb #features-job
 def _features(modality, n, device):
     "Encode sentences of ten words, or pictures of 96 x 96 pixels."
@@ -812,13 +820,13 @@ def _growth_items_evaluation(n, rows, device):
     seconds, _ = measure_seconds(lambda: evaluate(model, store))
     return {"n": n, "rows": rows, "seconds": seconds, "held": 2 * 4 * 64 * n, "all_scores": 4 * rows * n}
 
-_JOBS = {"machine": _machine, "interests": _interests, "features": _features, "prepare": _prepare,
-         "growth_users": _growth_users, "growth_length": _growth_length, "growth_items_loss": _growth_items_loss,
-         "growth_items_evaluation": _growth_items_evaluation}
+_JOBS = {"machine": _machine, "interests": _interests, "paper_interests": _paper_interests, "features": _features,
+         "prepare": _prepare, "growth_users": _growth_users, "growth_length": _growth_length,
+         "growth_items_loss": _growth_items_loss, "growth_items_evaluation": _growth_items_evaluation}
 
 # %% ../nbs/82_bench.ipynb #measure-job
 def measure_job(
-    job: str,  # `"machine"`, `"interests"`, `"features"`, `"prepare"`, or a curve: `"growth_users"`, ...
+    job: str,  # key of `_JOBS`: `"machine"`, `"interests"`, `"features"`, `"prepare"`, `"growth_users"`, ...
     options: BenchOptions,
     **settings,  # of the job
 ) -> dict:  # what it found, with `"memory"`
@@ -828,15 +836,20 @@ def measure_job(
 
 def measure_startup(
     options: BenchOptions,
-) -> dict:  # what is started -> seconds, one entry a round
+) -> dict:  # `"startup"`: what is started -> seconds, one entry a round; `"startup_memory"`: -> bytes at most
     "Time what a user waits for before anything happens."
+    run = "runpy.run_module('mmseqrec', run_name='__main__')"
     commands = {"import mmseqrec": ["-c", "import mmseqrec"],
                 "import mmseqrec.training": ["-c", "import mmseqrec.training"],
-                "mmseqrec --help": ["-m", "mmseqrec", "--help"]}
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-    time_of = lambda rest: measure_seconds(lambda: subprocess.run([sys.executable, *rest], **quiet))[0]
-    return {"startup": {name: [time_of(rest) for _ in range(max(options.rounds, 2))][1:]
-                        for name, rest in commands.items()}}
+                "mmseqrec --help": ["-c", f"import runpy, sys; sys.argv[1:] = ['--help']; {run}"]}
+    watch = ("import atexit, sys\nfrom pathlib import Path\n" + inspect.getsource(process_memory)
+             + "atexit.register(lambda: print(process_memory(peak=True), file=sys.stderr))\n")
+    def start(rest): return subprocess.run([sys.executable, *rest], capture_output=True, text=True, check=True)
+    def memory(rest): return int(start(["-c", watch + rest[1]]).stderr.split()[-1])
+    rounds = max(options.rounds, 2)
+    return {"startup": {name: [measure_seconds(lambda: start(rest))[0] for _ in range(rounds)][1:]
+                        for name, rest in commands.items()},
+            "startup_memory": {name: memory(rest) for name, rest in commands.items()}}
 
 # %% ../nbs/82_bench.ipynb #cases-of
 def bench_cases(
@@ -856,8 +869,9 @@ def bench_cases(
     cases |= {
         "interests/kmeans": curve("interests", "n_tokens", [1000, 4000], [1000, 10_000, 100_000, 1_000_000],
                                   [1000, 10_000, 100_000, 1_000_000], method="kmeans"),
-        "interests/dpc_knn": curve("interests", "n_tokens", [500, 2000], [1000, 3000, 10_000, 20_000],
-                                   [1000, 3000, 10_000, 20_000, 50_000], method="dpc_knn"),
+        "interests/dpc_knn": curve("interests", "n_tokens", [500, 2000], *2 * ([1000, 3000, 10_000, 20_000, 50_000],), method="dpc_knn"),
+        "interests/paper": lambda: {"points": [measure_job("paper_interests", options, **(
+            dict(n_tokens=900, n_clusters=18, width=30) if size == 0 else {}))]},
         "features/text": curve("features", "n", [128], [2000], [10_000], modality="text"),
         "features/image": curve("features", "n", [128], [1000], [5000], modality="image"),
         "prepare/csv": curve("prepare", "n_events", [10_000], *2 * ([100_000, 1_000_000, 10_000_000],), suffix="csv"),
@@ -917,7 +931,8 @@ def run_bench(
                 problems[name] = error_sentence(error)
                 tell(f"{name}: {problems[name]}")
                 continue
-            record["cases"][name] = {**found, "measured_in": round(time.perf_counter() - start, 1)}
+            record["cases"][name] = {**found, "measured_in": round(time.perf_counter() - start, 1),
+                                     "time": provenance()["time"]}
             write_json(output, record)
     return {**record, "problems": problems}
 
@@ -971,7 +986,7 @@ def bench_text(
         lines.append(f"products of the shape '{shape}': {rates['no'] / 1e9:,.0f} GFLOP/s in 32 bits, "
                      f"{rates['bf16'] / 1e9:,.0f} in bf16")
     for title, (columns, rows) in bench_tables(record).items(): lines += ["", title, text_table(columns, rows)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *bench_verdict(record)])
 
 # %% ../nbs/82_bench.ipynb #table-rows
 def _memory_cells(case, key):
@@ -990,8 +1005,37 @@ def _curve_rows(record):
             rows.append([name, f"{point['n']:,}" + (f" x {point['rows']:,}" if "rows" in point else ""),
                          f"{point['seconds']:.2f}", _number(rate), _number(point["memory"] / 1e6), _number(above)])
         for what, times in case.get("startup", {}).items():
-            rows.append([what, "", f"{statistics.median(times):.2f}", "", "", ""])
+            memory = case.get("startup_memory", {}).get(what)
+            rows.append([what, "", f"{statistics.median(times):.2f}", "", _number(memory and memory / 1e6), ""])
     return rows
+
+# %% ../nbs/82_bench.ipynb #verdict
+def bench_verdict(
+    record: dict,  # what `run_bench` returned
+) -> list[str]:  # sentences, none where nothing was compared
+    "Say what was asked for and is reached, what is missed, and how far training is from the floor."
+    cases, said = _trained(record).values(), []
+    for case in cases:
+        ratio = paired_ratio(case)
+        if case["goal"] and ratio:
+            said.append(f"{case['title']}: {ratio[0]:.1f} times the peer in training, {case['goal']:g} were asked for: "
+                        f"{'reached' if ratio[0] >= case['goal'] else 'MISSED'}.")
+    compared = [(case["title"], key, _middle(case, "ours", key), _middle(case, "peer", key)) for case in cases
+                for key in ("users_per_second", "memory", "evaluation_memory")]
+    compared = [(title, key, ours / theirs) for title, key, ours, theirs in compared if ours and theirs]
+    ranked = {title: part for title, key, part in compared if key == "users_per_second"}
+    if ranked: said.append(f"Ranking: {min(ranked.values()):.1f} to {max(ranked.values()):.1f} times the peers, 5 were "
+                           f"asked for; missed by {', '.join(t for t, part in ranked.items() if part < 5) or 'none'}.")
+    held = {title: part for title, key, part in compared if key == "memory"}
+    if held: said.append(f"Memory in training: {min(held.values()):.2f} to {max(held.values()):.2f} of the peers', a "
+                         f"third was asked for; missed by {', '.join(t for t, p in held.items() if p > 1 / 3) or 'none'}.")
+    shares = [share for case in cases if (share := _middle(case, "ours", "share"))]
+    if shares: said.append(f"Products of matrices alone would take {min(shares):.0%} to {max(shares):.0%} of the time "
+                           "of a step in 32 bits; the rest is what is left to gain.")
+    slower = [case["title"] for case in cases if (_middle(case, "bf16", "targets_per_second") or np.inf)
+              < _middle(case, "ours", "targets_per_second")]
+    if slower: said.append(f"In bf16 slower than in 32 bits: {', '.join(slower)}.")
+    return said
 
 # %% ../nbs/82_bench.ipynb #plot-throughput
 def plot_throughput(

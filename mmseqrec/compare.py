@@ -37,7 +37,7 @@ _SCIENTIFIC = replace(_KITCHEN, interactions="scientific/interactions.csv", item
 _FILMS = replace(_SCIENTIFIC, interactions="ml1m/interactions.csv", items="ml1m/items.csv",
                  text_features="ml1m/text_minilm384.npy", image_features="ml1m/image_efflite0_1280.npy", max_len=10,
                  batch_size=1024, lr=3e-3, epochs=20, patience=3, pretrain_epochs=5,
-                 systems=("popularity", "markov", "sasrec", "gru4rec", "bert4rec", "content_sasrec", "unisrec_scratch",
+                 systems=("popularity", "markov", "sasrec", "gru4rec", "content_sasrec", "unisrec_scratch",
                           "missrec_scratch", "unisrec", "missrec"))
 COMPARISONS = {"marketplace": _KITCHEN, "scientific": _SCIENTIFIC, "ml1m": _FILMS}
 

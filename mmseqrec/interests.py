@@ -83,13 +83,13 @@ def _check_tokens(tokens, n_clusters):
 def _distinct(tokens):
     "Find the tokens that differ: `(first [n] ascending, place [N])`, so that `tokens[first[place]]` are the tokens."
     N, D = tokens.shape
-    keys, generator = [], torch.Generator().manual_seed(0)
+    keys, generator = torch.empty(N, dtype=torch.long, device=tokens.device), torch.Generator().manual_seed(0)
     factors = torch.randint(-2**62, 2**62, (D,), generator=generator).to(tokens.device)
-    for part in tokens.split(_rows_at_once(tokens, D, None)):
+    for part, key in _blocks(_rows_at_once(tokens, D, None), tokens, keys):
         whole = torch.int64 if part.element_size() * D % 8 == 0 else torch.int32  # two floats at once
         bits = (part + 0.0).contiguous().view(whole).long() * 0x9E3779B97F4A7C1
-        keys.append(((bits ^ bits >> 29) * factors[:bits.shape[1]]).sum(1))  # other rows almost never share a key
-    place = torch.cat(keys).unique(return_inverse=True)[1]
+        torch.sum((bits ^ bits >> 29) * factors[:bits.shape[1]], 1, out=key)  # other rows almost never share a key
+    place = keys.unique(return_inverse=True)[1]
     rows = torch.arange(N, device=tokens.device)
     first = rows.new_full((int(place.max()) + 1,), N).scatter_reduce_(0, place, rows, "amin")
     first, order = first.sort()

@@ -1,5 +1,6 @@
 "The benchmark counts, compares, continues and complains as it says; nothing here depends on how fast anything is."
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -160,7 +161,8 @@ def test_without_a_peer_there_is_no_ratio(folder):
 
 @pytest.mark.parametrize("job, settings", [
     ("machine", {}), ("interests", {"method": "kmeans", "n_tokens": 300}),
-    ("interests", {"method": "dpc_knn", "n_tokens": 300}), ("features", {"modality": "text", "n": 8}),
+    ("interests", {"method": "dpc_knn", "n_tokens": 300}),
+    ("paper_interests", {"n_tokens": 300, "n_clusters": 9, "width": 5}), ("features", {"modality": "text", "n": 8}),
     ("features", {"modality": "image", "n": 4}), ("prepare", {"suffix": "csv", "n_events": 5000}),
     ("growth_users", {"n": 50}), ("growth_length", {"n": 8}), ("growth_items_evaluation", {"n": 200, "rows": 20})])
 def test_jobs(job, settings):
@@ -174,9 +176,15 @@ def test_a_job_in_its_own_process():
     assert found["memory"] > found["held"] == 2 * 20_000 * 64 * 4 and found["all_scores"] == 4 * 32 * 20_000
 
 def test_startup():
-    found = measure_startup(tiny_options())["startup"]
+    measured = measure_startup(tiny_options())
+    found = measured["startup"]
+    assert list(measured["startup_memory"]) == list(found) and min(measured["startup_memory"].values()) > 1e6
     assert list(found) == ["import mmseqrec", "import mmseqrec.training", "mmseqrec --help"]
     assert all(len(times) == 1 and times[0] > 0 for times in found.values())
+
+def test_startup_that_fails_is_told(monkeypatch):
+    monkeypatch.setattr(bench.sys, "executable", "/bin/false")
+    with pytest.raises(subprocess.CalledProcessError): measure_startup(tiny_options())
 
 
 # The whole
@@ -186,7 +194,7 @@ def test_a_stopped_benchmark_continues(folder, tmp_path, monkeypatch):
     told, options = [], tiny_options(folder, only=("interests/kmeans",))
     first = run_bench(options, tmp_path / "b.json", told.append)
     both = run_bench(replace(options, only=("interests/",)), tmp_path / "b.json", told.append)
-    assert told == ["interests/kmeans", "interests/dpc_knn"] and not both["problems"]
+    assert told == ["interests/kmeans", "interests/dpc_knn", "interests/paper"] and not both["problems"]
     assert both["cases"]["interests/kmeans"] == first["cases"]["interests/kmeans"]
     assert read_json(tmp_path / "b.json")["cases"] == both["cases"]
     with pytest.raises(ValueError, match="other settings; name another file"):
@@ -244,6 +252,40 @@ def test_tables(record):
     assert ["growth/items_loss", "10 x 4", "2.00", "5", "3", "2"] in rows and rows[-1][:3] == ["import", "", "0.50"]
     text = bench_text(record)
     assert "2 GFLOP/s in 32 bits, 4 in bf16" in text and "4.0 [3.0, 5.0]" in text
+
+def test_verdict(record):
+    assert bench.bench_verdict(record) == [
+        "A: 4.0 times the peer in training, 3 were asked for: reached.",
+        "Ranking: 5.0 to 5.0 times the peers, 5 were asked for; missed by none.",
+        "Memory in training: 1.00 to 1.00 of the peers', a third was asked for; missed by A.",
+        "Products of matrices alone would take 10% to 10% of the time of a step in 32 bits; the rest is what is left to gain."]
+    case = record["cases"]["training/a"]
+    case["goal"] = 5
+    for side in ("bf16", "peer"):
+        for each in case["sides"][side]["rounds"]: each["targets_per_second"] /= 2
+    for each in case["sides"]["bf16"]["rounds"]: each["targets_per_second"] /= 2
+    said = bench.bench_verdict(record)
+    assert said[0].startswith("A: 8.0 times") and said[0].endswith("reached.") and said[-1] == "In bf16 slower than in 32 bits: A."
+    case["goal"] = 9
+    assert bench.bench_verdict(record)[0].endswith("MISSED.") and bench.bench_verdict({"cases": {}}) == []
+    assert bench_text(record).endswith("In bf16 slower than in 32 bits: A.")
+
+def test_without_released_code_its_figure_is_quoted():
+    class Own: facts = {}
+    assert "reached 205)" in bench._peer_name(TRAINING_CASES["sasrec"], Own)
+    assert {name for name, case in TRAINING_CASES.items() if case.quoted} == {"sasrec", "unisrec", "missrec", "missrec_pretrain"}
+
+def test_the_stored_benchmark_is_whole_and_reaches_what_was_asked():
+    record = stored_benches()["cpu"]
+    options = bench.BenchOptions(**{k: v for k, v in record["settings"].items() if k in ("rounds", "round_seconds", "threads", "device", "size")})
+    assert set(record["cases"]) == set(bench_cases(options, "nowhere"))
+    for case in bench._trained(record).values():
+        ours, peer = (case["sides"].get(side) for side in ("ours", "peer"))
+        if not peer: continue
+        assert ours["n_targets"] == peer["n_targets"] and ours["steps_per_epoch"] == peer["steps_per_epoch"]
+        assert "reference" not in case["peer"], "compared with released code"
+    said = " ".join(bench.bench_verdict(record))
+    assert "MISSED" not in said and said.count("missed by none") == 2 and said.count(": reached.") == 4
 
 def test_plots(record):
     for key in ("targets_per_second", "users_per_second"):
