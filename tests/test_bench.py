@@ -116,10 +116,13 @@ def test_reference_mode_is_the_same_loss(folder, name):
     torch.testing.assert_close(slow["loss"], fast["loss"], rtol=1e-4, atol=1e-5)
     assert case.train(1)["steps"] == 1
 
-def test_reference_mode_pretrains_as_well(folder):
+def test_reference_mode_pretrains_with_the_same_loss(folder):
     case = trainee(folder, "missrec_pretrain", reference=True)
-    batch = prefix_batches(case.store, TRAIN, 16, 12)[0]
-    assert reference_loss(case.model, batch, "pretrain")["loss"].isfinite()
+    model, batch = case.model.eval(), prefix_batches(case.store, TRAIN, 16, 12)[0]
+    model.item_drop = model.word_drop_share = 0.
+    torch.testing.assert_close(reference_loss(model, batch, "pretrain")["loss"], model(batch, "pretrain")["loss"], rtol=1e-4, atol=1e-5)
+    model.item_drop = .5
+    assert reference_loss(model, batch, "pretrain")["loss"].isfinite()
 
 def test_reference_mode_computes_more(folder):
     slow, fast = (trainee(folder, "unisrec", reference=reference).count(2)["operations"] for reference in (True, False))
@@ -147,7 +150,7 @@ def test_a_process_that_dies_says_why():
 
 def test_pairs_with_the_reference_mode(folder):
     found = measure_training("sasrec", tiny_options(folder), folder)
-    assert found["peer"] == "reference mode, not the released code" and set(found["sides"]) == {"ours", "bf16", "peer"}
+    assert found["peer"].startswith("reference mode, not the released code (on another machine") and set(found["sides"]) == {"ours", "bf16", "peer"}
     for side in found["sides"].values():
         assert len(side["rounds"]) == 2
         for each in side["rounds"]: assert each["targets_per_second"] > 0 and each["memory"] > 0 and each["share"] > 0
