@@ -709,7 +709,7 @@ def _round(worker, side, case):
     side["rounds"].append(found)
 
 def _count_floor(worker, side):
-    "Count the operations of a step of ours, last of all because that takes memory, and compare with the machine's rate."
+    "Count the operations of a step of ours, last of all because that takes memory; compare with the machine's rate."
     if "recbole" in side: return
     side["operations"] = worker.ask(do="count", steps=min(side["steps"], 8))["operations"]
     for found in side["rounds"]: found["share"] = side["operations"] / found.pop("rate") / found["step_seconds"]
@@ -869,7 +869,8 @@ def bench_cases(
     cases |= {
         "interests/kmeans": curve("interests", "n_tokens", [1000, 4000], [1000, 10_000, 100_000, 1_000_000],
                                   [1000, 10_000, 100_000, 1_000_000], method="kmeans"),
-        "interests/dpc_knn": curve("interests", "n_tokens", [500, 2000], *2 * ([1000, 3000, 10_000, 20_000, 50_000],), method="dpc_knn"),
+        "interests/dpc_knn": curve("interests", "n_tokens", [500, 2000],
+                                   *2 * ([1000, 3000, 10_000, 20_000, 50_000],), method="dpc_knn"),
         "interests/paper": lambda: {"points": [measure_job("paper_interests", options, **(
             dict(n_tokens=900, n_clusters=18, width=30) if size == 0 else {}))]},
         "features/text": curve("features", "n", [128], [2000], [10_000], modality="text"),
@@ -1027,8 +1028,9 @@ def bench_verdict(
     if ranked: said.append(f"Ranking: {min(ranked.values()):.1f} to {max(ranked.values()):.1f} times the peers, 5 were "
                            f"asked for; missed by {', '.join(t for t, part in ranked.items() if part < 5) or 'none'}.")
     held = {title: part for title, key, part in compared if key == "memory"}
+    large = ", ".join(title for title, part in held.items() if part > 1 / 3)
     if held: said.append(f"Memory in training: {min(held.values()):.2f} to {max(held.values()):.2f} of the peers', a "
-                         f"third was asked for; missed by {', '.join(t for t, p in held.items() if p > 1 / 3) or 'none'}.")
+                         f"third was asked for; missed by {large or 'none'}.")
     shares = [share for case in cases if (share := _middle(case, "ours", "share"))]
     if shares: said.append(f"Products of matrices alone would take {min(shares):.0%} to {max(shares):.0%} of the time "
                            "of a step in 32 bits; the rest is what is left to gain.")
