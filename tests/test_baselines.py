@@ -226,9 +226,6 @@ def test_gru_encoder_equals_the_equations():
     with pytest.raises(ValueError, match=r"\(L\).*must be 5, got 4"): encoder(x, item_pad_mask[:, :4])
 
 
-original = GRUEncoder.read_to_end
-
-
 def test_reading_to_the_end_equals_reading_every_position(monkeypatch):
     set_seed(0)
     encoder, table = GRUEncoder(hidden_size=4, state_size=7).double().eval(), torch.randn(9, 4, dtype=torch.float64)
@@ -236,6 +233,7 @@ def test_reading_to_the_end_equals_reading_every_position(monkeypatch):
     every = encoder(table[place], torch.arange(6) >= lengths[:, None])
     torch.testing.assert_close(encoder.read_to_end(table, place, lengths), every[torch.arange(4), lengths - 1], **CLOSE)
     model, batch, fast = build("gru4rec").double(), collate([[1, 2, 3], [7], [4, 5, 6, 6, 1]], 10), []
+    original = GRUEncoder.read_to_end
     monkeypatch.setattr(GRUEncoder, "read_to_end", lambda self, *a: fast.append(1) or original(self, *a))
     slow = model.encode_sequence(batch)
     with torch.no_grad():
