@@ -39,19 +39,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .artifacts import artifact_path, provenance, read_json, write_json
-from .augment import draw_item_drop, drop_items
-from .cli import INPUT_ERRORS, Parser, at_least, error_sentence, text_table
-from .contrastive import sequence_item_loss, sequence_sequence_loss
+from .blocks.augment import draw_item_drop, drop_items
+from .app.cli import INPUT_ERRORS, Parser, at_least, error_sentence, text_table
+from .blocks.contrastive import sequence_item_loss, sequence_sequence_loss
 from .core import derive_seed, get_device, set_seed
 from .data.interactions import TEST, TRAIN, VALID, k_core, leave_one_out, read_interactions, save_split
 from .data.sequences import Batch, SequenceStore, prefix_batches
 from .data.sources import read_benchmark
 from .evaluation import evaluate
-from .experiments import SYSTEMS, RunConfig, sized
+from .experiments.run import SYSTEMS, RunConfig, sized
 from .features.encoders import catalogue_from_arrays, resolve_encoders
 from .figures import COLORS, plot_lines
-from .interests import cluster_dpc_knn, cluster_kmeans, interest_sets
-from .losses import full_softmax_cross_entropy, interest_diversity
+from .blocks.interests import cluster_dpc_knn, cluster_kmeans, interest_sets
+from .blocks.losses import full_softmax_cross_entropy, interest_diversity
 from .models.baselines import GRU4Rec, SASRec
 from .models.missrec import MISSRec
 from .models.mp4sr import MP4SR

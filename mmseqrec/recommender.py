@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .artifacts import atomic_folder, atomic_path, read_json, write_json
 from .data.sequences import Batch, SequenceStore, collate
 from .features.encoders import Catalogue
-from .losses import dot_score, full_softmax_cross_entropy
+from .blocks.losses import dot_score, full_softmax_cross_entropy
 
 # %% ../nbs/40_recommender.ipynb #items
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from mmseqrec.augment import append_mask, cloze, draw_item_drop, draw_swaps, draw_word_drop, drop_items, swap_streams
+from mmseqrec.blocks.augment import append_mask, cloze, draw_item_drop, draw_swaps, draw_word_drop, drop_items, swap_streams
 from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TRAIN
 from mmseqrec.data.sequences import Batch, collate, position_batches, prefix_batches

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmseqrec.augment import cloze
+from mmseqrec.blocks.augment import cloze
 from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TEST, TRAIN
 from mmseqrec.data.sequences import SequenceStore, collate, position_batches, prefix_batches

@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTModel
 
-from mmseqrec import cli
+from mmseqrec.app import cli
 from mmseqrec.artifacts import read_json
-from mmseqrec.cli import (default_folder, error_sentence, load_recommender, main, make_parser, read_histories,
+from mmseqrec.app.cli import (default_folder, error_sentence, load_recommender, main, make_parser, read_histories,
                           resolve_config, run_of, text_table)
-from mmseqrec.experiments import ALL, STANDARD, SYSTEMS, RunConfig
+from mmseqrec.experiments.run import ALL, STANDARD, SYSTEMS, RunConfig
 from mmseqrec.features.clip import IMAGE_SETTINGS, quiet_transformers
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +89,7 @@ def done(tmp_path_factory, encoders, tables):
 # Fast, and one sentence
 
 def test_help_imports_nothing_slow():
-    code = ("import sys; from mmseqrec.cli import make_parser; make_parser().format_help()\n"
+    code = ("import sys; from mmseqrec.app.cli import make_parser; make_parser().format_help()\n"
             "print(sorted({'torch', 'transformers', 'polars', 'matplotlib', 'numpy', 'tqdm'} & set(sys.modules)))")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == "[]"
@@ -240,7 +240,7 @@ def test_the_same_command_finishes_at_once(done, encoders, tables, capsys):
 
 def test_other_settings_are_said(done, tmp_path, capsys, monkeypatch):
     (tmp_path / "run.json").write_text((done[0] / "run.json").read_text())
-    monkeypatch.setattr("mmseqrec.experiments.run_all", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("mmseqrec.experiments.run.run_all", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["run", "--config", str(tmp_path / "run.json"), "--epochs", "9", "--out", str(tmp_path)])
     assert "epochs was 2, is 9." in capsys.readouterr().out

@@ -6,13 +6,13 @@ import polars as pl
 import pytest
 from scipy import stats
 
-import mmseqrec.compare as compare
+import mmseqrec.experiments.compare as compare
 from mmseqrec.artifacts import artifact_path, fingerprint, read_json
-from mmseqrec.compare import (COMPARED, COMPARISONS, KEPT_METRICS, STUDENT, asked_pairs, comparison_table, outdated,
+from mmseqrec.experiments.compare import (COMPARED, COMPARISONS, KEPT_METRICS, STUDENT, asked_pairs, comparison_table, outdated,
                               paired_over_seeds, plain_answer, plot_comparison, plot_costs, plot_differences, run_grid,
                               run_tiny, seed_first_jobs, store_comparison, stored_grid, tiny_config, train_part,
                               under_twice_popularity)
-from mmseqrec.experiments import ALL, SYSTEMS, RunData, difference, run_system
+from mmseqrec.experiments.run import ALL, SYSTEMS, RunData, difference, run_system
 from small_shop import quick_config
 from small_world import make_catalogue, make_store
 
@@ -115,7 +115,7 @@ def test_a_grid_is_what_the_trainings_gave(grid, data, folder):
         assert len(run["valid"]) > run["kept"] and bool(run["pretraining"]) == (run["system"] == "missrec")
 
 def test_a_grid_that_stands_is_read_not_trained(grid, data, folder, monkeypatch):
-    monkeypatch.setattr("mmseqrec.experiments.fit", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("mmseqrec.experiments.run.fit", lambda *_, **__: 1 / 0)
     assert run_grid(QUICK, data, folder, progress=False) == grid
 
 def test_a_difference_pairs_the_seeds_that_both_have(data, folder, grid):
@@ -150,7 +150,7 @@ def test_parts_are_disjoint_and_together_the_grid(prepared, tmp_path):
 
 def test_an_interrupted_grid_can_be_cut(prepared, tmp_path, monkeypatch):
     train_part("small", tmp_path, 0, 2, progress=False)
-    monkeypatch.setattr("mmseqrec.experiments.fit", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("mmseqrec.experiments.run.fit", lambda *_, **__: 1 / 0)
     record = store_comparison("small", tmp_path, tmp_path / "small.json", cut=True)
     assert [(run["system"], run["seed"]) for run in record["result"]["runs"]] == seed_first_jobs(COMPARISONS["small"])[0::2]
     with pytest.raises(ZeroDivisionError): store_comparison("small", tmp_path, tmp_path / "other.json")

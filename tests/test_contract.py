@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmseqrec.augment import append_mask
+from mmseqrec.blocks.augment import append_mask
 from mmseqrec.data.interactions import TEST
 from mmseqrec.data.sequences import TRAIN, collate, position_batches, prefix_batches
 from mmseqrec.evaluation import evaluate

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmseqrec.contrastive import (cross_modality_loss, modality_combination_loss, next_item_loss, sequence_item_loss,
+from mmseqrec.blocks.contrastive import (cross_modality_loss, modality_combination_loss, next_item_loss, sequence_item_loss,
                                   sequence_sequence_loss, symmetric_nce)
-from mmseqrec.losses import same_target_mask
+from mmseqrec.blocks.losses import same_target_mask
 
 CLOSE = dict(rtol=0, atol=1e-9)
 TAU = .3  # mild: in 64 bits the loops need no tricks

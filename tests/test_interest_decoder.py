@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmseqrec.core import set_seed
-from mmseqrec.interest_decoder import ContextBlock, CrossAttention, InterestDecoderBlock, InterestEncoderDecoder
+from mmseqrec.blocks.interest_decoder import ContextBlock, CrossAttention, InterestDecoderBlock, InterestEncoderDecoder
 from slow_missrec import read
 from slow_streams import numbers
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from sklearn.metrics import adjusted_mutual_info_score
 from torch.overrides import TorchFunctionMode
 
-from mmseqrec import interests
-from mmseqrec.interests import (Interests, _distinct, _draw_centers, _fill_empty, _mean_of_clusters, _nearest, _nearest_again,
+from mmseqrec.blocks import interests
+from mmseqrec.blocks.interests import (Interests, _distinct, _draw_centers, _fill_empty, _mean_of_clusters, _nearest, _nearest_again,
                                 assign_interests, cluster_dpc_knn, cluster_kmeans, count_interests, density_peaks,
                                 discover_interests, interest_sets, plot_clusters, plot_decision_graph, plot_interests)
 

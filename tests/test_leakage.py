@@ -12,7 +12,7 @@ from mmseqrec.data.interactions import (TEST, TRAIN, VALID, global_time_split, h
                                         read_interactions)
 from mmseqrec.data.sequences import SequenceStore, position_batches, prefix_batches
 from mmseqrec.evaluation import evaluate
-from mmseqrec.experiments import prepare_data
+from mmseqrec.experiments.run import prepare_data
 from mmseqrec.features.encoders import catalogue_from_arrays
 from mmseqrec.models.baselines import transition_counts
 from mmseqrec.training import fit

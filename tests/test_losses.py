@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmseqrec.losses import (dot_score, full_softmax_cross_entropy, info_nce, interest_diversity, items_of_step,
+from mmseqrec.blocks.losses import (dot_score, full_softmax_cross_entropy, info_nce, interest_diversity, items_of_step,
                              same_target_mask)
 
 CLOSE = dict(rtol=0, atol=1e-9)

@@ -6,7 +6,7 @@ import torch
 from mmseqrec.core import set_seed
 from mmseqrec.data.sequences import collate, position_batches
 from mmseqrec.features.encoders import catalogue_from_arrays
-from mmseqrec.layers import encode_ends
+from mmseqrec.blocks.layers import encode_ends
 from mmseqrec.models.m2se import M2SE, ItemStreams, ModalityEncoder
 from slow_streams import item_vector, item_vectors, numbers, read_both
 from small_world import IMAGE_SIZE, NO_IMAGE, NO_TEXT, NOTHING, TEXT_SIZE, V, make_catalogue, make_store, same, weights

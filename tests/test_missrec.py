@@ -21,8 +21,8 @@ from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import SequenceStore, collate, position_batches, prefix_batches
 from mmseqrec.evaluation import evaluate
 from mmseqrec.features.encoders import catalogue_from_arrays
-from mmseqrec.interest_decoder import InterestEncoderDecoder
-from mmseqrec.losses import full_softmax_cross_entropy
+from mmseqrec.blocks.interest_decoder import InterestEncoderDecoder
+from mmseqrec.blocks.losses import full_softmax_cross_entropy
 from mmseqrec.models.missrec import (MISSRec, FrozenFeatures, HistoryInput, HistoryView, InterestHistories, InterestItems, InterestLosses,
                                      InterestPretraining, ItemAdapters, WithInterests, fuse_modalities, fused_score,
                                      plot_interest_attention, encode_histories)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mmseqrec.models.mmsrec as mmsrec
-from mmseqrec.augment import append_mask, cloze
+from mmseqrec.blocks.augment import append_mask, cloze
 from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import SequenceStore, collate, evaluation_batches, position_batches

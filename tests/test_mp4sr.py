@@ -13,7 +13,7 @@ import mmseqrec.training as training
 from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import SequenceStore, collate, evaluation_batches, position_batches, prefix_batches
-from mmseqrec.layers import encode_ends
+from mmseqrec.blocks.layers import encode_ends
 from mmseqrec.models.mp4sr import MP4SR, MSM4SR, Projections, pretraining_terms
 from mmseqrec.recommender import transfer_weights
 from mmseqrec.training import fit, training_batches

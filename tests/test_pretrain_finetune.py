@@ -4,10 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import mmseqrec.compare as compare
+import mmseqrec.experiments.compare as compare
 from mmseqrec.artifacts import artifact_path, fingerprint, read_json
-from mmseqrec.compare import outdated, paired_over_seeds, run_tiny
-from mmseqrec.pretrain_finetune import (GRID, MOVIES, QUESTIONS, SWITCHES, TINY_GRID, grid_jobs, plot_curves,
+from mmseqrec.experiments.compare import outdated, paired_over_seeds, run_tiny
+from mmseqrec.experiments.pretraining import (GRID, MOVIES, QUESTIONS, SWITCHES, TINY_GRID, grid_jobs, plot_curves,
                                         store_answers)
 
 CONFIGS = {"marketplace": GRID, "ml1m": MOVIES}

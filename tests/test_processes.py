@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mmseqrec.artifacts import read_json
 from mmseqrec.core import each_for_itself, from_all, from_main, is_main_process, join_processes, n_processes, process_index
-from mmseqrec.contrastive import gather_rows
+from mmseqrec.blocks.contrastive import gather_rows
 from mmseqrec.training import process_batches, training_batches
 from small_world import LEARNING, build, make_store
 from two_processes import PRETRAINED

@@ -16,11 +16,11 @@ from mmseqrec.data.interactions import interaction_statistics, leave_one_out, ma
 from mmseqrec.data.items import ItemTable
 from mmseqrec.data.sequences import TEST, SequenceStore
 from mmseqrec.evaluation import Evaluation, compare_evaluations
-from mmseqrec.experiments import Result, Run, RunConfig, RunData
+from mmseqrec.experiments.run import Result, Run, RunConfig, RunData
 from mmseqrec.features.encoders import catalogue_from_arrays
 from mmseqrec.features.keywords import STOP_WORDS, Keywords
 from mmseqrec.models.missrec import MISSRec
-from mmseqrec.report import (SystemSummary, best_baseline, choose_examples, choose_pictured, data_sections, data_uri, escape,
+from mmseqrec.app.report import (SystemSummary, best_baseline, choose_examples, choose_pictured, data_sections, data_uri, escape,
                              example_html, facts_html, figure_html, first_pictures, format_number, format_seconds, headline, keyword_card,
                              interests_html, keywords_html, keywords_sentence, map_vectors, map_words, one_seed_note, paired_difference,
                              plot_loss, plot_pretraining_terms, plot_validation, pretraining_sentence, report_html,
@@ -148,7 +148,7 @@ def test_the_same_run_gives_the_same_bytes(run, page, tmp_path):
 def test_a_failed_report_leaves_the_old_one(run, tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")
-    monkeypatch.setattr("mmseqrec.report.result_sections", lambda *a: 1 / 0)
+    monkeypatch.setattr("mmseqrec.app.report.result_sections", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError): write_report(run, path)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 

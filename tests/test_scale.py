@@ -12,8 +12,8 @@ from mmseqrec.artifacts import read_json
 from mmseqrec.core import set_seed
 from mmseqrec.data.sequences import collate, position_batches
 from mmseqrec.evaluation import evaluate
-from mmseqrec.layers import SequenceEncoder, last_outputs
-from mmseqrec.losses import dot_score, items_of_step
+from mmseqrec.blocks.layers import SequenceEncoder, last_outputs
+from mmseqrec.blocks.losses import dot_score, items_of_step
 from mmseqrec.metrics import count_better
 from mmseqrec.recommender import Items, Recommender, encode_catalogue, export_vectors, take_positions, top_items
 from mmseqrec.training import fit

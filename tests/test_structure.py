@@ -263,7 +263,7 @@ def test_import_is_light():
 
 def test_what_is_slow_to_import_waits_for_its_use():
     slow = ["transformers.modeling_utils", "transformers.models.auto", "transformers.models.clip", "seaborn", "umap"]
-    code = f"import sys, mmseqrec.training, mmseqrec.report\nprint([name for name in {slow} if name in sys.modules])"
+    code = f"import sys, mmseqrec.training, mmseqrec.app.report\nprint([name for name in {slow} if name in sys.modules])"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert ran.stdout.strip() == "[]", ran.stdout + ran.stderr

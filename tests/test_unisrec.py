@@ -15,7 +15,7 @@ from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import SequenceStore, collate, evaluation_batches, position_batches, prefix_batches
 from mmseqrec.evaluation import evaluate
 from mmseqrec.features.encoders import catalogue_from_arrays
-from mmseqrec.layers import SequenceEncoder, encode_ends
+from mmseqrec.blocks.layers import SequenceEncoder, encode_ends
 from mmseqrec.models.unisrec import TextItems, UniSRec
 from mmseqrec.recommender import transfer_weights
 from mmseqrec.training import fit

@@ -16,7 +16,7 @@ from accelerate import debug_launcher
 from safetensors.torch import save_file
 
 import mmseqrec.training as training
-from mmseqrec.contrastive import gather_rows
+from mmseqrec.blocks.contrastive import gather_rows
 from mmseqrec.core import each_for_itself, from_all, from_main, is_main_process, join_processes, n_processes, process_index
 from mmseqrec.data.interactions import TEST, VALID
 from mmseqrec.evaluation import evaluate

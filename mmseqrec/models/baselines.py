@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..augment import append_mask, cloze
+from ..blocks.augment import append_mask, cloze
 from ..core import check_shape
 from ..data.sequences import TRAIN, Batch, SequenceStore, expand_prefixes, flat_ranges
 from ..features.encoders import Catalogue
-from ..layers import ContentEmbedding, Dropout, SequenceEncoder, init_weights, last_outputs
-from ..losses import full_softmax_cross_entropy, items_of_step
+from ..blocks.layers import ContentEmbedding, Dropout, SequenceEncoder, init_weights, last_outputs
+from ..blocks.losses import full_softmax_cross_entropy, items_of_step
 from ..recommender import Items, Recommender, resize_item_embedding, take_positions
 
 # %% ../../nbs/50_models.baselines.ipynb #popularity

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..core import check_shape
 from ..features.encoders import Catalogue
-from ..layers import AttentionPooling, Centring, MixtureOfExperts, SequenceEncoder, check_features, init_weights
+from ..blocks.layers import (AttentionPooling, Centring, MixtureOfExperts, SequenceEncoder,
+                                    check_features, init_weights)
 
 # %% ../../nbs/52_models.m2se.ipynb #modality-encoder
 class ModalityEncoder(nn.Module):

@@ -22,16 +22,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..augment import draw_item_drop, draw_word_drop, drop_items
-from ..contrastive import gather_rows, sequence_item_loss, sequence_sequence_loss
+from ..blocks.augment import draw_item_drop, draw_word_drop, drop_items
+from ..blocks.contrastive import gather_rows, sequence_item_loss, sequence_sequence_loss
 from ..core import check_shape, derive_seed, from_main, n_processes
 from ..data.sequences import Batch, SequenceStore, expand_prefixes, length_chunks
 from ..features.encoders import Catalogue
 from ..figures import COLORS
-from ..interest_decoder import InterestEncoderDecoder
-from ..interests import assign_interests, discover_interests, interest_sets
-from ..layers import Centring, Dropout, check_features, init_weights
-from ..losses import full_softmax_cross_entropy, interest_diversity, items_of_step
+from ..blocks.interest_decoder import InterestEncoderDecoder
+from ..blocks.interests import assign_interests, discover_interests, interest_sets
+from ..blocks.layers import Centring, Dropout, check_features, init_weights
+from ..blocks.losses import full_softmax_cross_entropy, interest_diversity, items_of_step
 from ..recommender import Items, Recommender, resize_item_embedding
 
 # %% ../../nbs/55_models.missrec.ipynb #frozen-features

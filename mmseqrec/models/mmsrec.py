@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..augment import append_mask, cloze
-from ..contrastive import gather_rows, modality_combination_loss
+from ..blocks.augment import append_mask, cloze
+from ..blocks.contrastive import gather_rows, modality_combination_loss
 from ..core import check_shape, n_processes, process_index
 from ..data.sequences import TRAIN, Batch, SequenceStore, expand_prefixes
 from ..features.encoders import Catalogue
 from ..figures import COLORS
-from ..layers import ContentEmbedding, Dropout, TransformerBlock, init_weights
-from ..losses import dot_score, draw_candidates, full_softmax_cross_entropy
+from ..blocks.layers import ContentEmbedding, Dropout, TransformerBlock, init_weights
+from ..blocks.losses import dot_score, draw_candidates, full_softmax_cross_entropy
 from ..recommender import Items, Recommender, take_positions
 
 # %% ../../nbs/54_models.mmsrec.ipynb #plot-towers

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..augment import draw_item_drop, draw_swaps, drop_items, swap_streams
-from ..contrastive import cross_modality_loss, gather_rows, next_item_loss
+from ..blocks.augment import draw_item_drop, draw_swaps, drop_items, swap_streams
+from ..blocks.contrastive import cross_modality_loss, gather_rows, next_item_loss
 from ..core import from_main
 from ..data.sequences import Batch, SequenceStore
 from ..features.encoders import Catalogue
-from ..layers import encode_ends, init_weights, last_outputs
-from ..losses import full_softmax_cross_entropy, items_of_step, same_target_mask
+from ..blocks.layers import encode_ends, init_weights, last_outputs
+from ..blocks.losses import full_softmax_cross_entropy, items_of_step, same_target_mask
 from .m2se import M2SE
 from ..recommender import Items, Recommender, resize_item_embedding, take_positions
 

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..augment import draw_item_drop, draw_word_drop, drop_items
-from ..contrastive import gather_rows, sequence_item_loss, sequence_sequence_loss
+from ..blocks.augment import draw_item_drop, draw_word_drop, drop_items
+from ..blocks.contrastive import gather_rows, sequence_item_loss, sequence_sequence_loss
 from ..core import from_main
 from ..data.sequences import Batch, SequenceStore
 from ..features.encoders import Catalogue
-from ..layers import (Centring, SequenceEncoder, WhiteningExperts, check_features, encode_ends, init_weights,
-                             last_outputs)
-from ..losses import full_softmax_cross_entropy, items_of_step
+from ..blocks.layers import (Centring, SequenceEncoder, WhiteningExperts, check_features, encode_ends,
+                                    init_weights, last_outputs)
+from ..blocks.losses import full_softmax_cross_entropy, items_of_step
 from ..recommender import Items, Recommender, resize_item_embedding, take_positions
 
 # %% ../../nbs/51_models.unisrec.ipynb #text-items
