@@ -279,6 +279,25 @@ class GRU4Rec(Recommender):
         return {"loss": next_item_softmax(self.encoder, self.item_vectors, batch,
                                           self.catalogue.n_items, self.temperature, n_candidates)}
 
+# %% ../../nbs/50_models.baselines.ipynb #gru-ends
+@torch.no_grad()
+def _gru_ends(encoder, item_emb, batch):
+    "Return what a `GRUEncoder` of one layer gives at the last item of each history, `[B, D]`."
+    ids, rows = batch.item_seq.unique(return_inverse=True)
+    gru, table = encoder.gru, item_emb(ids)
+    gates, size = F.linear(table, gru.weight_ih_l0), gru.hidden_size
+    item_seq_len, order = batch.item_seq_len.sort(descending=True)
+    column = torch.arange(rows.shape[1], device=rows.device)[:, None]
+    n_reading = (item_seq_len > column).sum(1)
+    h = table.new_zeros(len(rows), size)
+    for items, n in zip(rows[order].T, n_reading.tolist()):
+        told = F.embedding(items[:n], gates).to(h)
+        known = F.linear(h[:n], gru.weight_hh_l0).to(h)
+        reset, update = (told[:, :2 * size] + known[:, :2 * size]).sigmoid_().chunk(2, 1)
+        proposal = known[:, 2 * size:].mul_(reset).add_(told[:, 2 * size:]).tanh_()
+        h[:n] = torch.lerp(proposal, h[:n], update)
+    return encoder.output(h)[order.argsort()]
+
 # %% ../../nbs/50_models.baselines.ipynb #sasrec
 class SASRec(Recommender):
     "Causal Transformer over an ID embedding (Kang and McAuley 2018), full-softmax cross-entropy."
@@ -485,22 +504,3 @@ class ContentSASRec(Recommender):
         batch: Batch,  # B histories
     ) -> list[Tensor]:  # `[B, H, L, L]` a layer
         return history_attention(self.encoder, self.item_vectors, batch)
-
-# %% ../../nbs/50_models.baselines.ipynb #gru-ends
-@torch.no_grad()
-def _gru_ends(encoder, item_emb, batch):
-    "Return what a `GRUEncoder` of one layer gives at the last item of each history, `[B, D]`."
-    ids, rows = batch.item_seq.unique(return_inverse=True)
-    gru, table = encoder.gru, item_emb(ids)
-    gates, size = F.linear(table, gru.weight_ih_l0), gru.hidden_size
-    item_seq_len, order = batch.item_seq_len.sort(descending=True)
-    column = torch.arange(rows.shape[1], device=rows.device)[:, None]
-    n_reading = (item_seq_len > column).sum(1)
-    h = table.new_zeros(len(rows), size)
-    for items, n in zip(rows[order].T, n_reading.tolist()):
-        told = F.embedding(items[:n], gates).to(h)
-        known = F.linear(h[:n], gru.weight_hh_l0).to(h)
-        reset, update = (told[:, :2 * size] + known[:, :2 * size]).sigmoid_().chunk(2, 1)
-        proposal = known[:, 2 * size:].mul_(reset).add_(told[:, 2 * size:]).tanh_()
-        h[:n] = torch.lerp(proposal, h[:n], update)
-    return encoder.output(h)[order.argsort()]

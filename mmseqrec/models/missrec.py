@@ -98,7 +98,7 @@ class ItemAdapters(nn.Module):
 
 # %% ../../nbs/55_models.missrec.ipynb #frozen-buffers
 def _frozen_buffers(catalogue, linear, masked_missing):
-    "Return what adapters `linear` keep of a catalogue: mean features, and masks of what is missing."
+    "Return what adapters keep of a catalogue: mean features, and masks of what is missing."
     weight, buffers = next(iter(linear.values())).weight, {}
     for name in linear:
         buffers[f"{name}_features"] = getattr(catalogue, f"mean_{name}")().to(weight)
@@ -257,8 +257,8 @@ class InterestItems(nn.Module):
         catalogue: Catalogue,  # with features that fit; raises `ValueError` otherwise
     ) -> None:
         "Swap items and features; items that stay keep their interests."
-        old, self.item_tokens = self.item_tokens, catalogue.item_tokens
         self.adapters.set_catalogue(catalogue)
+        old, self.item_tokens = self.item_tokens, catalogue.item_tokens
         missing = self.adapters.missing_token_mask
         self.interests.follow(self.adapters, missing, old, catalogue.item_tokens)
 
@@ -389,6 +389,23 @@ def _read(model, tokens, batch, ids):
     table = model.items.table(tokens, ids)
     return model.reader(*table, view, model.items.interests, model.item_emb)
 
+# %% ../../nbs/55_models.missrec.ipynb #parts
+def _scale(tensor): return 1 if tensor.device.type == "cpu" else 32  # a GPU has the memory
+
+def _in_parts(reader, table, view, piece_cost=None):
+    "Cut a batch into pieces of like length, and these into parts that are read together."
+    most = _scale(table) * reader.part_numbers // (view.place.shape[2] * table.shape[1])
+    for some, piece in length_chunks(view.batch, piece_cost):
+        n_rows = max(1, most // piece.item_seq.shape[1])
+        for rows in torch.arange(len(some), device=some.device).split(n_rows):
+            yield some[rows], piece._map(lambda value: value[rows])
+
+def _trunk(reader, kept):
+    "Return the network, or one that computes twice where `kept` numbers are too many to keep."
+    most = _scale(next(reader.parameters())) * reader.kept_numbers
+    many = torch.is_grad_enabled() and kept > most
+    return partial(checkpoint, reader.trunk, use_reentrant=False) if many else reader.trunk
+
 # %% ../../nbs/55_models.missrec.ipynb #interest-finetuning
 def interest_finetuning(
     model: Recommender,  # a `MISSRec`
@@ -482,8 +499,9 @@ def interest_pretraining(
 def _check_pretraining(model):
     "Raise an error if a MISSRec cannot be pre-trained with its catalogue."
     if not model.has_pretraining:
-        raise NotImplementedError("MISSRec with learned item vectors has no pre-training; pre-train "
-                                  "MISSRec(transductive=False) and transfer_weights from it")
+        raise NotImplementedError("MISSRec with learned item vectors has no pre-training; "
+                                  "pre-train MISSRec(transductive=False) and transfer_weights "
+                                  "from it")
     drops_words = model.disturbance["word_drop_share"] > 0
     if drops_words and model.items.adapters.dropped_text_features is None:
         raise ValueError("word drop needs texts with words left out: build_catalogue(..., "
@@ -636,19 +654,3 @@ def _draw_image(ax, image, x, y):
     if isinstance(image, (str, Path)): image = Image.open(image).convert("RGB")
     if image is None: inset.text(.5, .5, "no image", ha="center", va="center", fontsize=6)
     else: inset.imshow(np.asarray(image), interpolation="antialiased")
-
-# %% ../../nbs/55_models.missrec.ipynb #parts
-def _scale(tensor): return 1 if tensor.device.type == "cpu" else 32  # a GPU has the memory
-
-def _in_parts(reader, table, view, piece_cost=None):
-    "Cut a batch into pieces of like length, and these into parts that are read together."
-    most = _scale(table) * reader.part_numbers // (view.place.shape[2] * table.shape[1])
-    for some, piece in length_chunks(view.batch, piece_cost):
-        n_rows = max(1, most // piece.item_seq.shape[1])
-        for rows in torch.arange(len(some), device=some.device).split(n_rows):
-            yield some[rows], piece._map(lambda value: value[rows])
-
-def _trunk(reader, kept):
-    "Return the network, or one that computes twice where `kept` numbers are too many to keep."
-    many = torch.is_grad_enabled() and kept > _scale(next(reader.parameters())) * reader.kept_numbers
-    return partial(checkpoint, reader.trunk, use_reentrant=False) if many else reader.trunk

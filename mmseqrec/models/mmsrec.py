@@ -107,8 +107,9 @@ class ItemTokens(ContentEmbedding):
         ids, place = item_seq.unique(return_inverse=True)
         rows = ids.clamp(max=len(self.missing_modality_mask) - 2)
         missing = self.missing_modality_mask[rows].unbind(1)
-        tokens = torch.stack([adapter(getattr(self, f"{name}_features")[rows], absent)
-                              for (name, adapter), absent in zip(self.adapters.items(), missing)], 1)
+        features = [getattr(self, f"{name}_features")[rows] for name in self.adapters]
+        parts = zip(self.adapters.values(), features, missing)
+        tokens = torch.stack([adapter(found, absent) for adapter, found, absent in parts], 1)
         tokens = torch.where((ids > rows)[:, None, None], self.mask_emb.weight, tokens)
         return look_up(tokens, place), self.missing_modality_mask[item_seq]
 
@@ -140,8 +141,8 @@ class TokenEncoder(nn.Module):
         self.position_emb = nn.Embedding(n_places, hidden_size)
         self.modality_emb = nn.Embedding(n_modalities, hidden_size)
         self.norm, self.dropout = nn.LayerNorm(hidden_size, eps=1e-12), Dropout(embedding_dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(hidden_size, n_heads, inner_size, dropout, attention_dropout)
-                                    for _ in range(n_layers))
+        sizes = (hidden_size, n_heads, inner_size, dropout, attention_dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(*sizes) for _ in range(n_layers))
         self.final_norm = nn.LayerNorm(hidden_size, eps=1e-12)
 
     def forward(
@@ -150,12 +151,13 @@ class TokenEncoder(nn.Module):
         missing_modality_mask: Tensor,  # `[B, L, M]`, True where there is no token
         item_seq_len: Tensor,  # `[B]` places of each row
         return_attention: bool = False,  # also return the weights of every block
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:  # `[B, L, M, D]`, and one `[B, H, L * M, L * M]` a block if asked for
-        "Encode every token of each row. Raises `ValueError` for rows longer than the places there are."
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:  # `[B, L, M, D]`; `[B, H, L M, L M]` a block
+        "Encode every token of each row. Raises `ValueError` for rows that are too long."
         B, L, M, _ = check_shape(tokens, "B L M D").shape
         check_shape(missing_modality_mask, "B L M", B=B, L=L, M=M)
         if L > (n := self.position_emb.num_embeddings):
-            raise ValueError(f"a row of {L} places, [MASK] included, is longer than the {n} places of the encoder")
+            raise ValueError(f"a row of {L} places, [MASK] included, is longer than the {n} places "
+                             "of the encoder")
         places = self.position_emb(places_from_end(item_seq_len, L))[:, :, None]
         h = self.dropout(self.norm(tokens + places + self.modality_emb.weight)).flatten(1, 2)
         token_pad_mask, weights = missing_modality_mask.flatten(1), []
@@ -196,8 +198,8 @@ class MaxFusion(nn.Module):
         missing_modality_mask: Tensor,  # `[N, M]`, True where there is no token
     ) -> Tensor:  # `[N, D]`
         "Make one vector of the tokens of each place."
-        return max_present(torch.stack([part(h[:, m]) for m, part in enumerate(self.transforms)], 1),
-                           missing_modality_mask)
+        parts = [part(h[:, m]) for m, part in enumerate(self.transforms)]
+        return max_present(torch.stack(parts, 1), missing_modality_mask)
 
 # %% ../../nbs/54_models.mmsrec.ipynb #item-tower
 class DualTower(nn.Module):
@@ -260,7 +262,7 @@ class DualTower(nn.Module):
 # %% ../../nbs/54_models.mmsrec.ipynb #pair-pretraining
 def pair_pretraining(
     model: Recommender,  # an `MMSRec`
-    ids: Tensor,  # `[N]` catalogue rows, no item twice; the same on all processes, which share the work
+    ids: Tensor,  # `[N]` catalogue rows, no item twice; processes share the work
 ) -> dict[str, Tensor]:  # `"loss"`, `image_image`, `image_text`, `text_text`, `both_both`
     "Compute the modality-combination loss of some items: six passes, each with its own dropout."
     if not model.has_pretraining:
@@ -279,9 +281,10 @@ def pair_store(
     ids: np.ndarray,  # `[N]` catalogue rows whose pictures and texts may be learned from
     n_items: int,  # V, items of the catalogue
 ) -> SequenceStore:  # for `fit(model, pair_store(...), "pretrain")`
-    "Offer each item of a catalogue once an epoch, whether anybody has taken it or not: pairs without histories."
+    "Offer each item of a catalogue once an epoch: pairs of text and image without histories."
     items = np.repeat(np.unique(np.asarray(ids)), 2).astype(np.int32)
-    return SequenceStore(items, np.arange(0, len(items) + 1, 2), np.full(len(items), TRAIN, np.int8), n_items)
+    offsets, stage = np.arange(0, len(items) + 1, 2), np.full(len(items), TRAIN, np.int8)
+    return SequenceStore(items, offsets, stage, n_items)
 
 # %% ../../nbs/54_models.mmsrec.ipynb #per-item
 def per_item_attention(
