@@ -211,8 +211,8 @@ def _item_images(table, tokens, image_folder, image_column):
     images = _named_images(table.frame[image_column].to_list(), folder, table.locate)
     files = [path for row in images for path in row]
     if files and not any(path.exists() for path in files):
-        raise ValueError(f"{table.name}: none of the {len(files)} pictures of {image_column!r} is in "
-                         f"{folder}, such as {files[0].name!r}; name the right folder")
+        raise ValueError(f"{table.name}: none of the {len(files)} pictures in {image_column!r} exists,"
+                         f" {folder} has no {files[0].name!r}; name the right folder")
     return images
 
 # %% ../../nbs/12_data.items.ipynb #read-items
@@ -335,7 +335,7 @@ def align_items(
     n_known = len(item_tokens) - 1 - len(unknown)
     if unknown and not n_known:
         raise ValueError(f"{table.source}: describes none of the {len(unknown)} items, such as "
-                         f"{unknown[0]!r}; it has {table.item_tokens[:3]}: choose another id column")
+                         f"{unknown[0]!r}; it has {table.item_tokens[:3]}: choose another column")
     pick = lambda values: [list(values[rows[t]]) if t in rows else [] for t in item_tokens]
     return replace(table, item_tokens=list(item_tokens), texts=pick(table.texts),
                    images=pick(table.images), unknown=unknown, n_unused=len(rows) - n_known)
