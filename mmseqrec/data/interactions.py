@@ -50,9 +50,8 @@ class Interactions:
     source: str = ""  # where the events come from
 
     def __post_init__(self):
-        if not len(self.user) == len(self.item) == len(self.time):
-            raise ValueError("user, item and time must have one length, got "
-                             f"{len(self.user)}, {len(self.item)}, {len(self.time)}")
+        sizes = [len(values) for values in (self.user, self.item, self.time)]
+        if len(set(sizes)) > 1: raise ValueError(f"user, item, time need one length, got {sizes}")
         if self.item_tokens[:1] != ["[PAD]"]:
             raise ValueError("item_tokens must start with '[PAD]'")
         user_step, time_step = np.diff(self.user), np.diff(self.time)
@@ -617,13 +616,12 @@ def _json_rows(content, name):
     with _text_lines(content) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip(): continue
+            where = f"{name}, line {number}"
             try: row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                problem = getattr(error, "msg", error)
-                raise ValueError(f"{name}, line {number}: not valid JSON ({problem}); "
+                raise ValueError(f"{where}: not valid JSON ({getattr(error, 'msg', error)}); "
                                  "write one object a line") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{name}, line {number}: not a JSON object {{...}}")
+            if not isinstance(row, dict): raise ValueError(f"{where}: not a JSON object {{...}}")
             yield number, row
 
 # %% ../../nbs/11_data.interactions.ipynb #json-column

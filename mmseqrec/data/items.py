@@ -211,8 +211,8 @@ def _item_images(table, tokens, image_folder, image_column):
     images = _named_images(table.frame[image_column].to_list(), folder, table.locate)
     files = [path for row in images for path in row]
     if files and not any(path.exists() for path in files):
-        raise ValueError(f"{table.name}: none of the {len(files)} pictures in {image_column!r} exists,"
-                         f" {folder} has no {files[0].name!r}; name the right folder")
+        raise ValueError(f"{table.name}: {folder} holds none of the {len(files)} pictures named in "
+                         f"{image_column!r}, such as {files[0].name!r}; name the right folder")
     return images
 
 # %% ../../nbs/12_data.items.ipynb #read-items
