@@ -33,7 +33,7 @@ from PIL import Image
 from ..artifacts import atomic_path
 from ..core import derive_seed, get_device, get_precision
 from ..data.interactions import plot_history_lengths, plot_long_tail
-from ..data.items import ItemTable
+from ..data.items import ItemTable, open_image
 from ..data.sequences import TEST
 from ..evaluation import history_groups, plot_slices, popularity_groups, slice_table, user_means
 from ..experiments.run import SYSTEMS, Result, Run
@@ -81,7 +81,7 @@ def thumbnail(
 ) -> bytes | None:  # a PNG or JPEG file, whichever is smaller; `None` if the picture cannot be read
     "Make a picture small."
     try:
-        with Image.open(path) as picture: picture = picture.convert("RGB")
+        picture = open_image(path)
     except (OSError, ValueError, Image.DecompressionBombError): return None
     picture.thumbnail((side, side))
     files = []
@@ -101,9 +101,9 @@ def figure_html(
 ) -> str:
     "Write a figure with its caption as HTML."
     content = figure_to_png(figure, dpi=DPI)
-    with Image.open(io.BytesIO(content)) as picture:
-        width, buffer = round(picture.width * 100 / DPI), io.BytesIO()
-        if n_colors: picture.convert("RGB").quantize(n_colors).save(buffer, format="PNG", optimize=True)
+    picture = open_image(io.BytesIO(content))
+    width, buffer = round(picture.width * 100 / DPI), io.BytesIO()
+    if n_colors: picture.quantize(n_colors).save(buffer, format="PNG", optimize=True)
     content = buffer.getvalue() or content
     return (f'<figure><img src="{data_uri(content)}" width="{width}" alt="{escape(caption)}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>")

@@ -18,13 +18,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..blocks.augment import draw_item_drop, draw_word_drop, drop_items
 from ..blocks.contrastive import gather_rows, sequence_item_loss, sequence_sequence_loss
 from ..core import check_shape, derive_seed, from_main, n_processes
+from ..data.items import open_image
 from ..data.sequences import Batch, SequenceStore, expand_prefixes, length_chunks
 from ..features.encoders import Catalogue
 from ..figures import COLORS
@@ -536,7 +536,7 @@ def plot_interest_attention(
     for image, x, y in places:
         inset = ax.inset_axes([x + .04, y + .04, .92, .92], transform=ax.transData)
         inset.set_axis_off()
-        if isinstance(image, (str, Path)): image = Image.open(image).convert("RGB")
+        if isinstance(image, (str, Path)): image = open_image(image)
         if image is None: inset.text(.5, .5, "no picture", ha="center", va="center", fontsize=6)
         else: inset.imshow(np.asarray(image), interpolation="antialiased")
     ax.set(xlim=(-1.1, Q), ylim=(L, -1.1 - max(map(len, interest_images)) + 1), title=title, aspect="equal")

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image
 
+from ..data.items import open_image
 from ..figures import COLORS
 
 # %% ../../nbs/44_viz.embeddings.ipynb #pca
@@ -92,7 +93,7 @@ def plot_picture_map(
     ax.scatter(*points.T, s=5, color=COLORS["neutral"], linewidths=0)
     for index in spread_out(points, distance):
         if (image := images[index]) is None: continue
-        if isinstance(image, (str, Path)): image = Image.open(image)
+        if isinstance(image, (str, Path)): image = open_image(image)
         elif not isinstance(image, Image.Image): image = Image.fromarray(np.asarray(image))
         thumbnail = image.convert("RGB").resize((2 * pixels, 2 * pixels))
         box = AnnotationBbox(OffsetImage(np.asarray(thumbnail), zoom=.5), points[index], frameon=True, pad=.05,
