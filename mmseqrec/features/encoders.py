@@ -537,10 +537,12 @@ def _resolve(kind, name, load, silence, device):
 def plot_coverage(
     catalogue: Catalogue,  # what to look at
 ) -> plt.Figure:
-    "Draw how many items have 0, 1, 2, ... texts and images."
+    "Draw how many items have 0, 1, 2, ... texts and images, none in the accent colour."
     masks = catalogue.text_pad_mask, catalogue.image_pad_mask
     lists = [[[None] * n for n in (~pad_mask).sum(1).tolist()] for pad_mask in masks]
-    return plot_modality_counts(ItemTable(catalogue.item_tokens, *lists))
+    fig = plot_modality_counts(ItemTable(catalogue.item_tokens, *lists))
+    for ax in fig.axes: ax.patches[0].set_color(COLORS["accent"])
+    return fig
 
 # %% ../../nbs/21_features.encoders.ipynb #neighbours
 def nearest_items(
