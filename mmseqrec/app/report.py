@@ -40,7 +40,7 @@ from ..experiments.run import SYSTEMS, Result, Run
 from ..features.encoders import Catalogue
 from ..features.keywords import STOP_WORDS, split_words
 from ..figures import COLORS, figure_to_png, plot_bars, set_style
-from ..blocks.interests import Interests, plot_interests
+from ..blocks.interests import InterestTables, plot_interests
 from ..metrics import bootstrap_interval, paired_test
 from ..models.missrec import MISSRec
 from ..viz.embeddings import pca_2d, plot_map, plot_picture_map, umap_2d
@@ -685,7 +685,7 @@ def interests_html(
     first = next((r for r in run.results if "missrec" in (r.system, SYSTEMS[r.system].variant_of)), None)
     model = None if first is None else MISSRec.from_pretrained(str(first.folder))
     if model is None or model.interest_of_item.shape[1] < 2: return ""
-    interests = Interests(model.interest_emb, model.interest_of_item)
+    interests = InterestTables(model.interest_emb, model.interest_of_item)
     figure = plot_interests(interests, first_pictures(run.data.items), title="")
     n_interests, n_tokens = len(model.interest_emb) - 1, int((model.interest_of_item > 0).sum())
     return _pair(figure_html(figure, f"The five largest of the {n_interests:,} interests that {first.title} found for "
