@@ -154,8 +154,7 @@ def bootstrap_interval(
 def _paired(a, b):
     "Return the differences of two flat arrays of the same length."
     a, b = _as_array(a), _as_array(b)
-    if len(a) != len(b):
-        raise ValueError(f"paired values need the same users: got {len(a)} and {len(b)}")
+    if len(a) != len(b): raise ValueError(f"need the same users: got {len(a)} and {len(b)}")
     return a - b
 
 
@@ -283,9 +282,7 @@ def count_better(
     greater, ties = torch.zeros(2, len(scores), dtype=torch.int64, device=scores.device)
     if scores.shape[1] == 0: return greater, ties
     invalid = scores.amax(1).isnan() | target_scores.isnan()
-    if invalid.any():
-        query = int(invalid.nonzero()[0])
-        raise ValueError(f"the scores of query {query} hold NaN; a NaN cannot be ranked")
+    if invalid.any(): raise ValueError(f"the scores of query {int(invalid.nonzero()[0])} hold NaN")
     step = max(1, (1 << 18 if scores.device.type == "cpu" else 1 << 24) // scores.shape[1])
     blocks = zip(*(x.split(step) for x in (scores, target_scores[:, None], greater, ties)))
     for part, target, above, level in blocks:  # `above` and `level` are views of the counts
