@@ -54,7 +54,8 @@ class Evaluation:
         name, _, k = metric.partition("@")
         functions = {"recall": recall_at_k, "ndcg": ndcg_at_k, "mrr": mrr}
         if name not in functions or not (k.isdigit() or metric == "mrr"):
-            raise ValueError(f"unknown metric {metric!r}; use recall@k, ndcg@k, mrr@k (any k) or mrr")
+            raise ValueError(f"unknown metric {metric!r}; use recall@k, ndcg@k, mrr or mrr@k with a "
+                             "whole number k")
         arguments = [int(k)] if k else []
         return functions[name](torch.from_numpy(self.ranks), *arguments).numpy()
 
@@ -203,7 +204,7 @@ def evaluate(
 ) -> Evaluation:
     "Rank the events of `stage` against all items; none, or other items, are a `ValueError`."
     events, device, was_training = store.rows(stage), model.device, model.training
-    if not len(events): raise ValueError("nothing to evaluate: no event of this stage has a history")
+    if not len(events): raise ValueError("nothing to evaluate: no event of the stage has a history")
     known = getattr(model.catalogue, "n_items", "none")
     if known != store.n_items:
         raise ValueError(f"the events know {store.n_items} items, the recommender's catalogue "
