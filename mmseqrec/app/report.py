@@ -28,7 +28,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
 from ..artifacts import artifact_path, atomic_path
@@ -79,7 +78,7 @@ _TEMPLATES.filters |= {"number": format_number, "seconds": format_seconds, "metr
 def render_part(
     name: str,  # macro of the template, such as `"systems_section"`
     *values,  # what it shows, plain data
-) -> Markup:  # HTML
+) -> str:  # HTML, marked as safe: another macro shows it as it is
     "Write a part of the report as HTML; raises `AttributeError` if there is no such macro."
     return getattr(_TEMPLATES.get_template("report.html.jinja").module, name)(*values)
 
