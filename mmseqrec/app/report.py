@@ -1,4 +1,4 @@
-"""One file that says what ran, how good it is and how sure we are, and shows it in pictures.
+"""One file that says what ran, how good it is and how sure we are, and shows it in figures.
 
 Docs: https://mmseqrec.github.io/mmseqrec/app.report.html.md"""
 
@@ -161,6 +161,7 @@ class SystemSummary:
         return {"value": float(by_user.mean()), "low": low, "high": high,
                 "spread": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None}
 
+# %% ../../nbs/80_app.report.ipynb #system-summaries
 def system_summaries(
     run: Run,
 ) -> list[SystemSummary]:  # in the order of the configuration
@@ -300,7 +301,7 @@ def _seeds(systems):
     return [(result, {"color": system.color, "label": None if number else system.title})
             for system in systems for number, result in enumerate(system.results)]
 
-# %% ../../nbs/80_app.report.ipynb #curves
+# %% ../../nbs/80_app.report.ipynb #loss
 def plot_loss(
     systems: Sequence[SystemSummary],  # of one run
     ax: plt.Axes | None = None,  # where to draw; new axes by default
@@ -313,6 +314,7 @@ def plot_loss(
         if epochs: ax.plot(epochs, losses, **style, marker=marker, alpha=.9, markersize=4)
     return _legend_below(ax)
 
+# %% ../../nbs/80_app.report.ipynb #curves
 def plot_validation(
     systems: Sequence[SystemSummary],  # of one run
     metric: str = "ndcg@10",  # what chose the best epoch
@@ -357,7 +359,7 @@ def plot_pretraining_terms(
     ax.set_ylim(0, 1.04 * ax.get_ylim()[1])
     return _legend_below(ax, columns=3)
 
-# %% ../../nbs/80_app.report.ipynb #training-sections
+# %% ../../nbs/80_app.report.ipynb #training-section
 def training_section(
     run: Run,
     systems: Sequence[SystemSummary],  # of one run
@@ -367,6 +369,7 @@ def training_section(
     return {"loss": embed_figure(plot_loss(systems)),
             "validation": embed_figure(plot_validation(systems, run.config.metric))}
 
+# %% ../../nbs/80_app.report.ipynb #pretraining-section
 def pretraining_section(
     run: Run,
     systems: Sequence[SystemSummary],  # of one run
@@ -409,6 +412,7 @@ def plot_report_slices(
     ax.set_xlabel(xlabel)
     return _legend_below(ax, -.29)
 
+# %% ../../nbs/80_app.report.ipynb #slices-section
 def slices_section(
     run: Run,
     systems: Sequence[SystemSummary],  # of one run
@@ -580,7 +584,7 @@ def map_vectors(
     if not parts: raise ValueError("a catalogue without text and picture features has no map")
     return np.concatenate(parts, axis=1)
 
-# %% ../../nbs/80_app.report.ipynb #map-words
+# %% ../../nbs/80_app.report.ipynb #shared-words
 def shared_words(
     texts: Sequence[Sequence[str]],  # `[N]` sentences of each item
     least: float = 0.02,  # share of the items that a word must describe
@@ -598,6 +602,7 @@ def shared_words(
         if has.any(1).mean() > .5: break
     return fit, has
 
+# %% ../../nbs/80_app.report.ipynb #map-words
 def map_words(
     texts: Sequence[Sequence[str]],  # `[N]` sentences of each item
     vectors: np.ndarray,  # `[N, D]`, centred
@@ -628,6 +633,7 @@ def item_map(
     names = [f"PCA, axis {k} ({s:.0%} of the variance)" for k, s in enumerate(share, 1)]
     return points, words, names
 
+# %% ../../nbs/80_app.report.ipynb #plot-item-map
 def plot_item_map(
     points: np.ndarray,  # `[V, 2]`
     words: Sequence[str],  # `[V]`
