@@ -589,7 +589,7 @@ def shared_words(
     texts: Sequence[Sequence[str]],  # `[N]` sentences of each item
     least: float = 0.02,  # share of the items that a word must describe
     most: float = 0.4,  # share of the items that it may describe
-) -> tuple[list[str], np.ndarray]:  # W words, the most frequent first; `[N, W]` 1 where an item has it
+) -> tuple[list[str], np.ndarray]:  # W words, most frequent first; `[N, W]` 1 where an item has it
     "Find words that several items share: in titles, or in all sentences if titles share too few."
     for part in (slice(1), slice(None)):
         words = [{word for sentence in each[part] for word in split_words(sentence)
