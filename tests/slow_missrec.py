@@ -63,7 +63,7 @@ def read(p, x, interests, n_heads=4, width=0):
 
 # Tokens
 
-def names(p): return [name for name in ("text", "image") if f"adapters.linear.{name}.weight" in p]
+def names(p): return [name for name in ("text", "image") if f"items.adapters.linear.{name}.weight" in p]
 
 
 def tokens(p, catalogue, masked=True, dropped=False):
@@ -75,11 +75,11 @@ def tokens(p, catalogue, masked=True, dropped=False):
             emb = catalogue.dropped_text_emb if dropped and name == "text" else getattr(catalogue, f"{name}_emb")
             pad = getattr(catalogue, f"{name}_pad_mask")[row].tolist()
             there = [f for f, padded in zip(emb[row].float().numpy(), pad) if not padded]
-            W, b = p[f"adapters.linear.{name}.weight"], p[f"adapters.linear.{name}.bias"]
+            W, b = p[f"items.adapters.linear.{name}.weight"], p[f"items.adapters.linear.{name}.bias"]
             if there:
                 f = (sum(there) / np.float32(len(there))).astype(float)  # features are 32 bits
-                if f"adapters.centring.{name}.center" in p:
-                    f = (f - p[f"adapters.centring.{name}.center"]) / p[f"adapters.centring.{name}.spread"]
+                if f"items.adapters.centring.{name}.center" in p:
+                    f = (f - p[f"items.adapters.centring.{name}.center"]) / p[f"items.adapters.centring.{name}.spread"]
                 found[-1].append(W @ f + b)
             else: found[-1].append(None if masked or not row else b.copy())
     return found
@@ -91,8 +91,8 @@ def sequence(p, history, interests, fusion="add", ids=None, n_heads=4, width=0):
     "Vector of a history: a list of the tokens of each item, and the set of its interests. Also how many, and the context."
     x, L = [], len(history)
     learned = [0.] * L if ids is None else [p["item_emb.weight"][i] for i in ids]
-    place = lambda l, v: layer_norm(v + p["inputs.position_emb.weight"][l] + learned[l], p["inputs.norm.weight"], p["inputs.norm.bias"])
-    zero = np.zeros(p["inputs.norm.weight"].shape)
+    place = lambda l, v: layer_norm(v + p["reader.inputs.position_emb.weight"][l] + learned[l], p["reader.inputs.norm.weight"], p["reader.inputs.norm.bias"])
+    zero = np.zeros(p["reader.inputs.norm.weight"].shape)
     if fusion == "add": x, last = [place(l, sum((t for t in item if t is not None), zero)) for l, item in enumerate(history)], L - 1
     else:
         last = None
@@ -101,14 +101,14 @@ def sequence(p, history, interests, fusion="add", ids=None, n_heads=4, width=0):
                 if item[m] is None and any(t is not None for t in item): continue  # hidden; who has nothing keeps its places
                 if l == L - 1 and last is None: last = len(x)
                 x.append(place(l, zero if item[m] is None else item[m]))
-    emb = [p["interest_emb"][i] for i in sorted(interests)]
-    y, context = read(within(p, "trunk."), np.stack(x), np.stack(emb) if emb else np.zeros((0, len(zero))), n_heads, width)
+    emb = [p["items.interests.vectors"][i] for i in sorted(interests)]
+    y, context = read(within(p, "reader.trunk."), np.stack(x), np.stack(emb) if emb else np.zeros((0, len(zero))), n_heads, width)
     return unit(y[last]), (len(emb), context)
 
 
 def interest_set(p, history):
     "Interests of all tokens of some items."
-    return {int(i) for row in history for i in p["interest_of_item"][row]} - {0}
+    return {int(i) for row in history for i in p["items.interests.of_item"][row]} - {0}
 
 
 def read_user(p, toks, history, **options):
@@ -122,7 +122,7 @@ def read_user(p, toks, history, **options):
 def score(p, u, item, toks, fusion="shared"):
     "Fused cosine of a history with a catalogue row; a third of it is the learned vector's, if there is one."
     cosines = [dot(u, unit(t)) for t in toks[item] if t is not None]
-    kappa = {"shared": lambda: float(p["kappa"]), "per_item": lambda: float(p["item_kappa.weight"][item, 0]), "static": lambda: 0.}
+    kappa = {"shared": lambda: float(p["fusion.kappa"]), "per_item": lambda: float(p["fusion.item_kappa.weight"][item, 0]), "static": lambda: 0.}
     kappa = kappa[fusion]() if len(toks[item]) == 2 else 0.
     fused = sum(w * s for w, s in zip(softmax([kappa * s for s in cosines]), cosines)) if cosines else 0.
     if "item_emb.weight" not in p: return fused

@@ -11,7 +11,8 @@ from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import SequenceStore, collate
 from mmseqrec.evaluation import (Evaluation, compare_evaluations, evaluate, history_groups, plot_slices, popularity_groups,
                                  quantile_groups, rank_batch, slice_table, user_means)
-from mmseqrec.recommender import Items, Recommender, take_positions
+from mmseqrec.blocks.towers import take_positions
+from mmseqrec.recommender import Items, Recommender
 from small_world import SYSTEMS, V, build, make_catalogue, make_store
 
 

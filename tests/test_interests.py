@@ -10,7 +10,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch.overrides import TorchFunctionMode
 
 from mmseqrec.blocks import interests
-from mmseqrec.blocks.interests import (Interests, _distinct, _draw_centers, _fill_empty, _mean_of_clusters, _nearest, _nearest_again,
+from mmseqrec.blocks.interests import (Interests, InterestTables, _distinct, _draw_centers, _fill_empty, _mean_of_clusters, _nearest, _nearest_again,
                                 assign_interests, cluster_dpc_knn, cluster_kmeans, count_interests, density_peaks,
                                 discover_interests, interest_sets, plot_clusters, plot_decision_graph, plot_interests)
 
@@ -492,6 +492,79 @@ def test_interest_sets_do_not_loop_over_rows():
     assert counts[0] == counts[1]
 
 
+# The module that keeps them
+
+def kept_interests(method="kmeans", ratio=.3, dtype=torch.float64):
+    tokens, missing = make_tokens()
+    kept = Interests(V, hidden_size=D, ratio=ratio, method=method).to(dtype)
+    kept.discover(tokens, missing, torch.arange(1, 21), seed=2)
+    return kept, tokens, missing
+
+
+def names(rows): return ["[PAD]", *(f"item {row}" for row in rows)]
+
+
+@each_name
+def test_the_module_keeps_what_is_discovered(name):
+    kept, tokens, missing = kept_interests(name)
+    found = discover_interests(tokens, missing, torch.arange(1, 21), .3, name, seed=2)
+    assert torch.equal(kept.vectors, found.vectors) and torch.equal(kept.of_item, found.of_item)
+    assert kept.n_items == V and kept.n_interests == len(found.vectors) - 1 == 11
+    item_seq = torch.tensor([[1, 2, 20], [4, 0, 0]])
+    sets = kept.sets(item_seq)
+    assert torch.equal(sets, interest_sets(found.of_item, item_seq)) and torch.equal(kept(sets), found.vectors[sets])
+    assert not list(kept.parameters()) and {*kept.state_dict()} == {"vectors", "of_item"}
+
+
+def test_the_module_writes_in_place_where_there_is_room_and_keeps_its_dtype():
+    kept, tokens, missing = kept_interests(dtype=torch.bfloat16)
+    vectors, of_item = kept.vectors, kept.of_item
+    kept.discover(tokens + 1, missing, torch.arange(1, 21))
+    assert kept.vectors is vectors and kept.of_item is of_item and vectors.dtype == torch.bfloat16
+    kept.discover(tokens, missing)
+    assert kept.vectors is not vectors and kept.of_item is of_item and kept.vectors.dtype == torch.bfloat16
+
+
+def test_the_first_catalogue_is_discovered_and_weights_wait_for_theirs():
+    kept, (tokens, missing) = Interests(hidden_size=D, ratio=.3).double(), make_tokens()
+    assert kept.n_items == kept.n_interests == 0
+    kept.follow(lambda: tokens, missing, None, names(range(V)))
+    found = discover_interests(tokens, missing, ratio=.3)
+    assert torch.equal(kept.vectors, found.vectors) and torch.equal(kept.of_item, found.of_item)
+    kept.follow(lambda: pytest.fail("nothing is computed"), missing, None, names(range(V)))
+    assert torch.equal(kept.of_item, found.of_item)
+
+
+@each_name
+def test_known_items_keep_their_interests_and_others_get_the_nearest(name):
+    kept, tokens, missing = kept_interests(name)
+    before, vectors = kept.of_item.clone(), kept.vectors.clone()
+    old, new = names(range(V)), names([40, 7, 3, 41, 29])
+    tokens, missing = random(6, M, D, seed=5), torch.zeros(6, M, dtype=torch.bool)
+    missing[0], missing[2, 0] = True, True  # item 7 lost its text
+    kept.follow(lambda: tokens, missing, old, new)
+    nearest = assign_interests(tokens, missing, vectors)
+    assert torch.equal(kept.vectors, vectors) and kept.n_items == 5
+    for row, token in enumerate(new):
+        known = before[old.index(token)] if row and token in old else [0] * M
+        expected = [0 if gone else int(own or other) for gone, own, other in zip(missing[row], known, nearest[row])]
+        assert kept.of_item[row].tolist() == expected, token
+    assert kept.of_item[3].all() and not before[4].all(), "what lacked a text and has one now gets the nearest"
+
+
+def test_another_number_of_interests_is_loaded_and_another_number_of_items_is_not():
+    kept = kept_interests()[0]
+    other = Interests(V, n_interests=2, hidden_size=D).double()
+    other.load_state_dict(kept.state_dict())
+    assert torch.equal(other.vectors, kept.vectors) and torch.equal(other.of_item, kept.of_item)
+    own = other.vectors
+    other.load_state_dict(kept.state_dict())
+    assert other.vectors is own
+    for sizes, name in (((V + 1, 2, M, D), "of_item"), ((V, 2, M, D + 1), "vectors")):
+        with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+            Interests(*sizes).load_state_dict(kept.state_dict())
+
+
 # Figures
 
 @pytest.fixture(autouse=True)
@@ -514,13 +587,13 @@ def test_plots():
 def test_plot_interests_shows_members_and_what_brought_them():
     of_item = torch.tensor([[0, 0], [1, 1], [1, 2], [2, 1], [3, 3]])
     pictures = [None, *(np.full((4, 4, 3), 60 * row, np.uint8) for row in range(4))]
-    figure = plot_interests(Interests(torch.zeros(4, 2), of_item), pictures, n_cols=3)
+    figure = plot_interests(InterestTables(torch.zeros(4, 2), of_item), pictures, n_cols=3)
     texts = [[text.get_text() for text in ax.texts] for ax in figure.axes]
     assert [t for t in texts if t not in ([], [""])] == [["1: 3 items"], ["2: 2 items"], ["3: 1 items"]]
     framed = [[patch.get_edgecolor() for patch in ax.patches] for ax in figure.axes]
     assert [len(f) for f in framed] == [1, 1, 1, 1, 1, 0, 1, 0, 0]
     assert framed[0] == framed[6] and framed[1] == framed[4] and framed[2] == framed[3] != framed[1]
-    chosen = plot_interests(Interests(torch.zeros(4, 2), of_item), pictures, shown=[3], n_cols=2, title="one")
+    chosen = plot_interests(InterestTables(torch.zeros(4, 2), of_item), pictures, shown=[3], n_cols=2, title="one")
     assert len(chosen.axes) == 2 and chosen.get_suptitle() == "one"
 
 

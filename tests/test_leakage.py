@@ -67,7 +67,7 @@ def test_the_planted_item_is_found_where_it_was_planted():
 def test_the_planted_item_is_not_counted(name):
     store = planted_store([VALID, TEST])
     model = build(name, make_catalogue(PLANTED), store=store)
-    assert model.item_counts[PLANTED] == 0 and model.item_counts.sum() == (store.stage == TRAIN).sum()
+    assert model.counts.item_counts[PLANTED] == 0 and model.counts.item_counts.sum() == (store.stage == TRAIN).sum()
     item, after, times = transition_counts(store)
     assert PLANTED not in item and PLANTED not in after and times.sum() == len(store.rows(TRAIN))
     answer, = model.recommend([["item-1"]], k=PLANTED)
@@ -186,7 +186,7 @@ def test_from_table_to_batches_a_planted_item_stays_where_it_belongs(kind):
     rng = np.random.default_rng(0)
     catalogue = catalogue_from_arrays(core.item_tokens, rng.standard_normal((len(core.item_tokens), TEXT_SIZE)),
                                       rng.standard_normal((len(core.item_tokens), IMAGE_SIZE)))
-    for name in COUNTING: assert build(name, catalogue, store=store).item_counts[code] == 0
+    for name in COUNTING: assert build(name, catalogue, store=store).counts.item_counts[code] == 0
     assert not np.isin(code, transition_counts(store)[:2])
     for batch in prefix_batches(store, TEST, 64, 10):  # nor in the history of its own question
         assert not (batch.item_seq == code).any()
@@ -199,7 +199,7 @@ def test_random_cold_items_are_in_no_batch():
     assert len(split.cold_items) == 3
     for batch in all_batches(store):
         assert not np.isin(batch.item_seq, split.cold_items).any() and not np.isin(batch.pos_item, split.cold_items).any()
-    counts = build("popularity", catalogue_from_arrays(events.item_tokens, np.ones((len(events.item_tokens), 2))), store=store).item_counts
+    counts = build("popularity", catalogue_from_arrays(events.item_tokens, np.ones((len(events.item_tokens), 2))), store=store).counts.item_counts
     assert not counts[torch.from_numpy(split.cold_items.astype(int))].any()
     for stage in (VALID, TEST):
         for batch in prefix_batches(store, stage, 64, 10): assert not np.isin(batch.item_seq, split.cold_items).any()

@@ -15,7 +15,7 @@ from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import SequenceStore, collate, evaluation_batches, position_batches
 from mmseqrec.features.encoders import catalogue_from_arrays
-from mmseqrec.models.mmsrec import (ItemTokens, MaxFusion, MMSRec, TokenEncoder, draw_candidates, max_present, pair_store,
+from mmseqrec.models.mmsrec import (ItemTokens, MaxFusion, MMSRec, TokenEncoder, draw_candidates, max_present, pair_pretraining, pair_store,
                                     per_item_attention, places_from_end, plot_towers)
 from mmseqrec.recommender import transfer_weights
 from mmseqrec.training import fit, training_batches
@@ -38,7 +38,7 @@ def shaken(seed=0, std=.3, catalogue=None, **options):
     model, generator = build("content_mmsrec", catalogue, **options).double(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for x in model.parameters(): x.copy_(std * torch.randn(x.shape, generator=generator, dtype=x.dtype))
-    model.items.fit_statistics(ALL)
+    model.towers.items.fit_statistics(ALL)
     return model
 
 
@@ -55,13 +55,13 @@ def number(terms): return {name: x.item() for name, x in terms.items()}
 
 def slow_tokens(p, catalogue, row, hidden=()):
     "The tokens of an item or of [MASK]: `{modality: vector}`."
-    if row == catalogue.n_items + 1: return {m: p["items.mask_emb.weight"][0] for m in (0, 1)}
+    if row == catalogue.n_items + 1: return {m: p["towers.items.mask_emb.weight"][0] for m in (0, 1)}
     found = {}
     for m, name in enumerate(("text", "image")):
         rows = [x.numpy() for x, padded in zip(getattr(catalogue, f"{name}_emb")[row],
                                                         getattr(catalogue, f"{name}_pad_mask")[row]) if not padded]
         if not rows or m in hidden: continue
-        a = within(p, f"items.adapters.{name}.")
+        a = within(p, f"towers.items.adapters.{name}.")
         f = (sum(rows[1:], rows[0]).astype(float) / len(rows) - a["centring.center"]) / a["centring.spread"]
         found[m] = layer_norm(a["linear.weight"] @ f + a["linear.bias"], a["norm.weight"], a["norm.bias"])
     return found
@@ -69,7 +69,7 @@ def slow_tokens(p, catalogue, row, hidden=()):
 
 def slow_encode(p, places, n_heads=2):
     "Places from the oldest to the newest, each `{modality: token}`, through the encoder: the same with its outputs."
-    p = within(p, "encoder.")
+    p = within(p, "towers.encoder.")
     keys, h = [], []
     for l, tokens in enumerate(places):
         for m, x in tokens.items():
@@ -101,9 +101,9 @@ def slow_fuse(p, tokens):
     "The largest of the transformed tokens, at length 1; zeros if there is none."
     rows = []
     for m, x in tokens.items():
-        t = within(p, f"fusion.transforms.{m}.")
+        t = within(p, f"towers.fusion.transforms.{m}.")
         rows.append(layer_norm(t["0.weight"] @ x + t["0.bias"], t["1.weight"], t["1.bias"]))
-    return unit(np.max(rows, 0)) if rows else np.zeros(len(p["items.mask_emb.weight"][0]))
+    return unit(np.max(rows, 0)) if rows else np.zeros(len(p["towers.items.mask_emb.weight"][0]))
 
 
 def slow_item(p, catalogue, row, hidden=(), deep=True):
@@ -156,10 +156,10 @@ def test_places_are_counted_from_the_end():
 
 def test_tokens_equal_loops_and_each_item_is_transformed_once():
     model, seen = shaken(), []
-    for adapter in model.items.adapters.values():
+    for adapter in model.towers.items.adapters.values():
         adapter.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     rows = torch.tensor([[4, 9, 4, MASK, 0], [NOTHING, NO_IMAGE, NO_TEXT, 9, MASK]])
-    tokens, missing = model.items(rows)
+    tokens, missing = model.towers.items(rows)
     assert seen == [6, 6] and tokens.shape == (2, 5, 2, 16) and missing.shape == (2, 5, 2)  # 0, 3, 4, 5, 9, [MASK]
     p = numbers(model)
     for b in range(2):
@@ -254,12 +254,12 @@ def test_histories_equal_loops(options):
 def test_both_towers_are_the_same_weights():
     "An item is what the encoder says of a row that holds nothing else; there is no other weight."
     model = shaken()
-    tokens, missing = model.items(ALL[:, None])
-    h = model.fusion(model.encoder(tokens, missing, torch.ones(V, dtype=torch.long))[:, 0], missing[:, 0])
+    tokens, missing = model.towers.items(ALL[:, None])
+    h = model.towers.fusion(model.towers.encoder(tokens, missing, torch.ones(V, dtype=torch.long))[:, 0], missing[:, 0])
     torch.testing.assert_close(torch.nn.functional.normalize(h), model.encode_items().vectors[:, 0], **CLOSE)
-    assert {name.partition(".")[0] for name, _ in model.named_parameters()} == {"items", "encoder", "fusion"}
+    assert {name.split(".")[1] for name, _ in model.named_parameters()} == {"items", "encoder", "fusion"}
     before = model.encode_items().vectors.clone(), model.encode_sequence(collate(HISTORIES, 10)).clone()
-    with torch.no_grad(): model.encoder.blocks[1].feed_forward[0].weight.add_(.1)
+    with torch.no_grad(): model.towers.encoder.blocks[1].feed_forward[0].weight.add_(.1)
     after = model.encode_items().vectors, model.encode_sequence(collate(HISTORIES, 10))
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(before, after)), "one change, seen by both"
 
@@ -365,7 +365,7 @@ def test_gradients_equal_the_slope_of_the_loops():
                        lambda p: slow_finetuning(p, model.catalogue, rows, [-1] * 6, TARGETS))
     assert abs(fast) > .1 and fast == pytest.approx(slow, rel=1e-4)
     ids = torch.tensor([1, NO_IMAGE, NO_TEXT, NOTHING, 8, 12])
-    fast, slow = along(model, model.pretrain_pairs_loss(ids)["loss"],
+    fast, slow = along(model, pair_pretraining(model, ids)["loss"],
                        lambda p: slow_pretraining(p, model.catalogue, ids.tolist())["loss"])
     assert abs(fast) > .1 and fast == pytest.approx(slow, rel=1e-4)
 
@@ -444,7 +444,7 @@ def test_gradient_caching_encodes_every_block_twice_and_holds_nothing():
         for n_items in (40, 160):
             model = build("content_mmsrec", make_catalogue(n_items), items_at_once=20, gradient_caching=caching).train()
             counts = []
-            model.fusion.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+            model.towers.fusion.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
             sizes = {}
             def note(x):
                 sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -461,7 +461,7 @@ def test_gradient_caching_encodes_every_block_twice_and_holds_nothing():
 
 def test_nothing_is_encoded_twice_in_evaluation():
     model, counts = build("content_mmsrec", gradient_caching=True, items_at_once=5), []
-    model.fusion.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+    model.towers.fusion.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
     with torch.no_grad(): model.encode_items()
     assert counts == [5, 5, 2]
 
@@ -474,7 +474,7 @@ def test_switches_learn(options):
     model = MMSRec(**sizes | SIZES | dict(items_at_once=5) | options).set_catalogue(make_catalogue())
     history = fit(model, make_store(), **QUICK | {"epochs": 4})
     assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
-    assert model.items.fitted == options.get("centred", True)
+    assert model.towers.items.fitted == options.get("centred", True)
 
 
 # Pre-training
@@ -483,14 +483,14 @@ def test_switches_learn(options):
 @pytest.mark.parametrize("tau", [TAU, .5])
 def test_pretraining_equals_loops(ids, tau):
     model = shaken(temperature=tau)
-    found = number(model.pretrain_pairs_loss(torch.tensor(ids)))
+    found = number(pair_pretraining(model, torch.tensor(ids)))
     assert found == pytest.approx(slow_pretraining(numbers(model), model.catalogue, ids, tau), abs=1e-6)
 
 
 def test_only_the_next_items_are_looked_at_and_each_once():
     model = shaken()
     found = number(model.pretrain_loss(asking((9, 1, 9, 9, 8, 1))))
-    assert found == pytest.approx(number(model.pretrain_pairs_loss(torch.tensor([1, 8, 9]))), abs=1e-12)
+    assert found == pytest.approx(number(pair_pretraining(model, torch.tensor([1, 8, 9]))), abs=1e-12)
     assert found == number(model.pretrain_loss(asking((9, 1, 9, 9, 8, 1), [[2]] * 6)))
 
 
@@ -501,20 +501,20 @@ def test_six_passes_have_six_dropouts(monkeypatch):
         seen.append((ids.tolist(), hidden.tolist(), original(ids, hidden)))
         return seen[-1][2]
     monkeypatch.setattr(model, "item_vectors", noting)
-    model.train().pretrain_pairs_loss(torch.tensor([1, 8]))
+    pair_pretraining(model.train(), torch.tensor([1, 8]))
     (ids, hidden, vectors), = seen
     assert ids == [1, 8] * 6
     assert hidden == [[True, False]] * 4 + [[False, True]] * 4 + [[False, False]] * 4
     first, second = vectors.unflatten(0, (3, 2, 2)).unbind(1)
     assert ((first - second).abs().amax(-1) > 1e-3).all(), "no two readings are alike"
     seen.clear()
-    model.eval().pretrain_pairs_loss(torch.tensor([1, 8]))
+    pair_pretraining(model.eval(), torch.tensor([1, 8]))
     first, second = seen[0][2].unflatten(0, (3, 2, 2)).unbind(1)
     torch.testing.assert_close(first, second)
 
 
-PARTS = {"text": ("items.adapters.text.", "fusion.transforms.0."), "image": ("items.adapters.image.", "fusion.transforms.1."),
-         "both": ("encoder.blocks.", "encoder.norm.", "encoder.final_norm.")}
+PARTS = {"text": ("towers.items.adapters.text.", "towers.fusion.transforms.0."), "image": ("towers.items.adapters.image.", "towers.fusion.transforms.1."),
+         "both": ("towers.encoder.blocks.", "towers.encoder.norm.", "towers.encoder.final_norm.")}
 
 
 def reached(model, loss):
@@ -533,10 +533,10 @@ def reached(model, loss):
                                             ("image_text", {"text", "image", "both"}), ("both_both", {"text", "image", "both"})])
 def test_a_term_teaches_what_it_looks_at(term, expected):
     model = shaken()
-    terms = model.pretrain_pairs_loss(torch.tensor([1, 2, 6, 8]))
+    terms = pair_pretraining(model, torch.tensor([1, 2, 6, 8]))
     assert reached(model, terms[term]) == expected
-    assert model.items.mask_emb.weight.grad is None or not model.items.mask_emb.weight.grad.any(), "there is no gap"
-    places = model.encoder.position_emb.weight.grad
+    assert model.towers.items.mask_emb.weight.grad is None or not model.towers.items.mask_emb.weight.grad.any(), "there is no gap"
+    places = model.towers.encoder.position_emb.weight.grad
     assert places[0].any() and not places[1:].any(), "an item stands at place 0"
 
 
@@ -546,18 +546,18 @@ def test_both_sides_of_finetuning_teach(monkeypatch):
     original = model.item_vectors
     monkeypatch.setattr(model, "item_vectors", lambda ids: original(ids).detach())
     assert reached(model, model.finetune_loss(batch)["loss"]) == everything, "histories alone"
-    assert model.items.mask_emb.weight.grad.any()
+    assert model.towers.items.mask_emb.weight.grad.any()
     monkeypatch.setattr(model, "item_vectors", original)
-    read = model._read
-    monkeypatch.setattr(model, "_read", lambda batch: read(batch).detach())
+    read = model.towers.history_vectors
+    monkeypatch.setattr(model.towers, "history_vectors", lambda batch: read(batch).detach())
     assert reached(model, model.finetune_loss(batch)["loss"]) == everything, "items alone"
-    assert model.items.mask_emb.weight.grad is None or not model.items.mask_emb.weight.grad.any()
+    assert model.towers.items.mask_emb.weight.grad is None or not model.towers.items.mask_emb.weight.grad.any()
     shallow = shaken(deep_items=False)
-    read_shallow = shallow._read
-    monkeypatch.setattr(shallow, "_read", lambda batch: read_shallow(batch).detach())
+    read_shallow = shallow.towers.history_vectors
+    monkeypatch.setattr(shallow.towers, "history_vectors", lambda batch: read_shallow(batch).detach())
     shallow.finetune_loss(batch)["loss"].backward()
     taught = {name for name, x in shallow.named_parameters() if x.grad is not None and x.grad.any()}
-    assert taught and all(name.startswith("items.adapters.") for name in taught), "a shallow item side is the adapters"
+    assert taught and all(name.startswith("towers.items.adapters.") for name in taught), "a shallow item side is the adapters"
 
 
 @pytest.mark.parametrize("options", [dict(text_size=None), dict(image_size=None), dict(deep_items=False)], ids=str)
@@ -583,7 +583,7 @@ def test_nothing_but_training_items_reaches_pretraining():
         fit(model, store, "pretrain", **QUICK | {"epochs": 1})
         found.append(weights(model))
     assert same(*found)
-    assert not torch.equal(found[0]["fusion.transforms.0.0.weight"], weights(build("content_mmsrec"))["fusion.transforms.0.0.weight"])
+    assert not torch.equal(found[0]["towers.fusion.transforms.0.0.weight"], weights(build("content_mmsrec"))["towers.fusion.transforms.0.0.weight"])
 
 
 def test_pairs_without_histories():
@@ -596,7 +596,7 @@ def test_pairs_without_histories():
     with pytest.raises(ValueError, match="items must lie in 1..12"): pair_store([13], V)
     history = fit(model, pair_store(ALL.numpy(), V), "pretrain", **QUICK | {"epochs": 5})
     assert history.best_epoch == 4 and history.epochs[-1]["loss"] < history.epochs[0]["loss"], "the last epoch is kept"
-    assert model.items.fitted
+    assert model.towers.items.fitted
 
 
 def test_pretraining_brings_texts_to_their_pictures():
@@ -613,14 +613,14 @@ def test_pretraining_brings_texts_to_their_pictures():
 def test_everything_but_the_places_is_carried_over():
     source, target = build("content_mmsrec"), build("content_mmsrec", seed=1)
     fit(source, make_store(), "pretrain", **QUICK)
-    own = target.encoder.position_emb.weight.clone()
-    transfer_weights(source, target, except_for=("encoder.position_emb",))
+    own = target.towers.encoder.position_emb.weight.clone()
+    transfer_weights(source, target, except_for=("towers.encoder.position_emb",))
     given = weights(source)
     for name, x in weights(target).items():
-        assert torch.equal(x, own if name == "encoder.position_emb.weight" else given[name]), name
-    assert not torch.equal(own, given["encoder.position_emb.weight"])
+        assert torch.equal(x, own if name == "towers.encoder.position_emb.weight" else given[name]), name
+    assert not torch.equal(own, given["towers.encoder.position_emb.weight"])
     longer = build("content_mmsrec", max_len=30)
-    transfer_weights(source, longer, except_for=("encoder.position_emb",))
+    transfer_weights(source, longer, except_for=("towers.encoder.position_emb",))
 
 
 def test_pretraining_in_sixteen_bits():
@@ -658,7 +658,7 @@ def test_texts_alone_are_a_catalogue_without_pictures():
     set_seed(0)
     both = MMSRec(TEXT_SIZE, IMAGE_SIZE, **SIZES).double().eval()
     one = MMSRec(TEXT_SIZE, None, **SIZES).double().eval()
-    for own, given in zip(("encoder.modality_emb.weight",), (both.encoder.modality_emb.weight[:1],)):
+    for own, given in zip(("towers.encoder.modality_emb.weight",), (both.towers.encoder.modality_emb.weight[:1],)):
         one.load_state_dict({name: x for name, x in both.state_dict().items() if name in one.state_dict()} | {own: given})
     rng, tokens = np.random.default_rng(0), [f"item-{row}" for row in range(1, V + 1)]
     text = rng.standard_normal((V, TEXT_SIZE))
@@ -682,9 +682,11 @@ def test_saved_options_come_back(options, tmp_path):
     assert SIZES.items() <= config.items() and {k: v for k, v in options.items() if v is not None}.items() <= config.items()
     again = MMSRec.from_pretrained(tmp_path / "saved")
     assert same(weights(again), weights(model.eval())) and again.has_pretraining == model.has_pretraining
-    for name in ("temperature", "cloze_rate", "n_candidates", "gradient_caching", "items_at_once", "deep_items", "centred", "max_len"):
-        assert getattr(again, name) == getattr(model, name) == options.get(name, getattr(model, name)), name
-    assert again.encoder.dropout.p == options.get("embedding_dropout", .2)
+    owners = {"gradient_caching": "towers", "items_at_once": "towers", "deep_items": "towers", "centred": "towers.items"}
+    for name in ("temperature", "cloze_rate", "n_candidates", "max_len", *owners):
+        a, b = (getattr(each.get_submodule(owners.get(name, "")), name) for each in (again, model))
+        assert a == b == options.get(name, b), name
+    assert again.towers.encoder.dropout.p == options.get("embedding_dropout", .2)
 
 
 def test_the_papers_sizes_count_as_by_hand():
@@ -693,4 +695,4 @@ def test_the_papers_sizes_count_as_by_hand():
     by_hand = 2 * (D * D + D + 2 * D) + D + 20 * D + 2 * D + 2 * D + 2 * block + 2 * D + 2 * (D * D + D + 2 * D)
     model = MMSRec(D, D, hidden_size=D, n_layers=2, n_heads=8, inner_size=I, max_len=19)
     assert sum(x.numel() for x in model.parameters()) == by_hand == 5_274_112
-    assert (model.temperature, model.cloze_rate, model.encoder.dropout.p) == (.05, .2, .2)
+    assert (model.temperature, model.cloze_rate, model.towers.encoder.dropout.p) == (.05, .2, .2)

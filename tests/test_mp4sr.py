@@ -68,7 +68,7 @@ def unit_rows(*shape, seed=0):
 def test_terms_equal_loops(P, legacy, targets):
     found, wanted = unit_rows(6, 2, P, 5), unit_rows(6, 2, 5, seed=1)
     lacking = torch.tensor([[i in (NO_TEXT, NOTHING), i in (NO_IMAGE, NOTHING)] for i in targets])
-    fast = pretraining_terms(found, wanted, lacking, torch.tensor(targets), TAU, legacy)
+    fast = pretraining_terms(found, wanted, lacking, torch.tensor(targets), TAU, legacy, legacy)
     assert list(fast) == ["nip_text", "nip_image", *(["cmcl"] if P == 1 else ["cmcl_text", "cmcl_image"])]
     slow = terms(found.numpy(), wanted.numpy(), lacking.tolist(), targets, TAU, legacy)
     assert number(fast) == pytest.approx(slow, abs=1e-9)
@@ -91,7 +91,7 @@ def test_projections_send_both_streams_into_both_spaces():
 @each_target
 @pytest.mark.parametrize("legacy", [False, True], ids=["paper", "legacy"])
 def test_pretraining_equals_loops(name, targets, legacy):
-    model = shaken(name, **STILL, legacy=legacy)
+    model = shaken(name, **STILL, released=("false_negatives", "cmcl_rows") if legacy else ())
     found = number(model.pretrain_loss(asking(targets)))
     slow = pretraining(numbers(model), model.catalogue, HISTORIES, targets, TAU, legacy)
     assert found == pytest.approx({"loss": total(slow), **slow}, abs=1e-8)
@@ -99,21 +99,21 @@ def test_pretraining_equals_loops(name, targets, legacy):
 
 
 @pytest.mark.parametrize("options", [dict(temperature=.5), dict(nip_weight=.5, cmcl_weight=2.), dict(nip_weight=0., cmcl_weight=1.),
-                                     dict(cmcl_weight=0.), dict(masked_pooling=False), dict(n_heads=4, n_layers=1)])
+                                     dict(cmcl_weight=0.), dict(released=("padded_pooling",)), dict(n_heads=4, n_layers=1)])
 @each_kind
 def test_options_of_pretraining_equal_loops(name, options):
     model = shaken(name, **STILL, **options)
     slow = pretraining(numbers(model), model.catalogue, HISTORIES, REPEATED, options.get("temperature", TAU),
-                       masked=options.get("masked_pooling", True), n_heads=options.get("n_heads", 2))
+                       masked="padded_pooling" not in options.get("released", ()), n_heads=options.get("n_heads", 2))
     whole = total(slow, options.get("nip_weight", 1.), options.get("cmcl_weight", .01))
     assert number(model.pretrain_loss(asking(REPEATED))) == pytest.approx({"loss": whole, **slow}, abs=1e-8)
 
 
 @each_kind
 def test_the_arithmetics_differ_where_targets_repeat(name):
-    losses = [number(shaken(name, **STILL, legacy=legacy).pretrain_loss(asking(REPEATED))) for legacy in (False, True)]
+    losses = [number(shaken(name, **STILL, released=("false_negatives", "cmcl_rows") if legacy else ()).pretrain_loss(asking(REPEATED))) for legacy in (False, True)]
     assert all(abs(losses[0][term] - losses[1][term]) > 1e-4 for term in losses[0])
-    losses = [number(shaken(name, **STILL, legacy=legacy).pretrain_loss(asking(DISTINCT))) for legacy in (False, True)]
+    losses = [number(shaken(name, **STILL, released=("false_negatives", "cmcl_rows") if legacy else ()).pretrain_loss(asking(DISTINCT))) for legacy in (False, True)]
     for term in losses[0]: assert (losses[0][term] == pytest.approx(losses[1][term], abs=1e-9)) == term.startswith("nip"), term
 
 
@@ -225,7 +225,7 @@ def along(model, loss, slow, step=1e-5, seed=0):
 @each_kind
 @pytest.mark.parametrize("legacy", [False, True], ids=["paper", "legacy"])
 def test_gradients_of_pretraining_equal_the_slope_of_the_loops(name, legacy):
-    model = shaken(name, **STILL, legacy=legacy, cmcl_weight=1.)
+    model = shaken(name, **STILL, released=("false_negatives", "cmcl_rows") if legacy else (), cmcl_weight=1.)
     loss = model.pretrain_loss(asking(REPEATED))["loss"]
     fast, slow = along(model, loss, lambda p: total(pretraining(p, model.catalogue, HISTORIES, REPEATED, TAU, legacy), cmcl=1.))
     assert abs(fast) > .1 and fast == pytest.approx(slow, rel=1e-5)
@@ -325,7 +325,7 @@ def test_there_is_nothing_else_to_teach_in_pretraining():
 
 @pytest.mark.parametrize("phase", ["pretrain", "finetune"])
 def test_frozen_pooling_stays_and_the_rest_learns(phase):
-    model = build("content_mp4sr", trained_pooling=False)
+    model = build("content_mp4sr", released=("untrained_pooling",))
     before = weights(model)
     fit(model, make_store(held_out=False), phase, **QUICK, weight_decay=.01)
     for name, x in model.named_parameters():
@@ -545,12 +545,12 @@ def test_a_checkpoint_of_the_other_phase_is_refused(tmp_path):
 # Saving
 
 OPTIONS = dict(transductive=False, projections=True, mixup=False, nip_weight=.5, cmcl_weight=.25, max_drop=.1, max_swap=.3,
-               trained_pooling=False, masked_pooling=False, legacy=True, adapter_dropout=.35)
+               released=["untrained_pooling", "padded_pooling", "false_negatives", "cmcl_rows"], adapter_dropout=.35)
 
 
 @pytest.mark.parametrize("kind", [MP4SR, MSM4SR])
 @pytest.mark.parametrize("options", [{}, OPTIONS, OPTIONS | {"projections": False}, dict(transductive=True, projections=True),
-                                     dict(transductive=True, temperature=.2, legacy=True)], ids=str)
+                                     dict(transductive=True, temperature=.2, released=["false_negatives", "cmcl_rows"])], ids=str)
 def test_saved_options_come_back(kind, options, tmp_path):
     set_seed(0)
     model = kind(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, **SIZES, **options).set_catalogue(make_catalogue())
@@ -559,12 +559,12 @@ def test_saved_options_come_back(kind, options, tmp_path):
     assert config["recommender"] == kind.__name__ and options.items() <= config.items() and SIZES.items() <= config.items()
     again = kind.from_pretrained(tmp_path / "saved")
     assert same(weights(again), weights(model.eval()))
-    for name in ("temperature", "mixup", "legacy", "nip_weight", "cmcl_weight", "max_drop", "max_swap", "max_len", "has_pretraining"):
+    for name in ("temperature", "nip_weight", "cmcl_weight", "max_len", "has_pretraining"):
         assert getattr(again, name) == getattr(model, name) == options.get(name, getattr(model, name)), name
-    for name in ("trained_pooling", "masked_pooling"):
-        pooling = again.m2se.items.image.pooling
-        found = pooling.first.weight.requires_grad if name == "trained_pooling" else pooling.masked
-        assert found == options.get(name, True), name
+    assert again.disturbance == model.disturbance and again.released == model.released == set(options.get("released", ()))
+    pooling = again.m2se.items.image.pooling
+    assert pooling.first.weight.requires_grad == ("untrained_pooling" not in again.released)
+    assert pooling.masked == ("padded_pooling" not in again.released)
     assert again.m2se.items.text.experts.dropout.p == options.get("adapter_dropout", .2)
     assert (again.item_emb is not None) == options.get("transductive", False) == (not again.has_pretraining)
     losses = []
@@ -583,9 +583,10 @@ def test_presets():
     first, second = MP4SR(TEXT_SIZE, IMAGE_SIZE, 0), MSM4SR(text_size=TEXT_SIZE, image_size=IMAGE_SIZE)
     assert {name for name in first.state_dict() if name not in second.state_dict()} == {f"heads.{head}.{part}" for head in
                                                                                        ("text", "image") for part in ("weight", "bias")}
-    same_options = ("temperature", "mixup", "nip_weight", "cmcl_weight", "max_drop", "max_swap", "legacy", "max_len")
+    same_options = ("temperature", "nip_weight", "cmcl_weight", "disturbance", "released", "max_len")
     assert [getattr(first, name) for name in same_options] == [getattr(second, name) for name in same_options]
-    assert [getattr(first, name) for name in same_options] == [.07, True, 1., .01, .2, .5, False, 50], "the papers' numbers"
+    papers = [.07, 1., .01, dict(max_drop=.2, max_swap=.5, mixup=True), frozenset(), 50]
+    assert [getattr(first, name) for name in same_options] == papers, "the papers' numbers"
 
 
 @pytest.mark.parametrize("kind", [MP4SR, MSM4SR])

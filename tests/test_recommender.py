@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import hub_mixin
-from torch import nn
 
+from mmseqrec.blocks.towers import IDEmbedding, take_positions
 from mmseqrec.core import set_seed
 from mmseqrec.data.sequences import collate
 from mmseqrec.models.baselines import ContentSASRec, Popularity, SASRec
-from mmseqrec.recommender import (Items, Recommendation, Recommender, resize_item_embedding, take_positions, top_items,
-                                  transfer_weights)
+from mmseqrec.recommender import Items, Recommendation, Recommender, released_quirks, top_items, transfer_weights
 from small_world import SIZES, TEXT_SIZE, V, build, make_catalogue, make_store, same, weights
 
 
@@ -37,28 +36,42 @@ def test_take_positions_equals_loops():
     assert torch.equal(found, torch.stack([hidden[row, column] for row, column in asked]))
 
 
-def test_resized_embedding_follows_tokens():
+def shop(tokens): return SimpleNamespace(item_tokens=["[PAD]", *tokens])
+
+
+def test_id_embedding_follows_tokens():
     set_seed(0)
-    old = nn.Embedding(500, 64, padding_idx=0)
-    names = [f"t{i}" for i in range(500)]
-    new_names = ["[PAD]", *reversed(names[100:]), *(f"new{i}" for i in range(400))]
-    new = resize_item_embedding(old, names, new_names, std=.05)
-    for row, token in enumerate(new_names[1:401], 1): assert torch.equal(new.weight[row], old.weight[int(token[1:])]), token
-    fresh = new.weight[401:].detach()
+    names = [f"t{i}" for i in range(1, 500)]
+    item_emb = IDEmbedding(499, 64, std=.05)
+    item_emb.set_catalogue(shop(names))
+    old = item_emb.weight.detach().clone()
+    new_names = [*reversed(names[99:]), *(f"new{i}" for i in range(400))]
+    item_emb.set_catalogue(shop(new_names))
+    for row, token in enumerate(new_names[:400], 1): assert torch.equal(item_emb.weight[row], old[int(token[1:])]), token
+    fresh = item_emb.weight[401:].detach()
     assert fresh.std().item() == pytest.approx(.05, rel=.03) and abs(fresh.mean().item()) < .002
-    assert not new.weight[0].any() and new.padding_idx == 0 and new.weight.requires_grad
-    double = resize_item_embedding(old.double(), names, new_names)
-    assert double.weight.dtype == torch.float64
+    assert not item_emb.weight[0].any() and item_emb.padding_idx == 0 and item_emb.weight.requires_grad
+    assert len(item_emb.weight) == item_emb.num_embeddings == 801 and item_emb.n_items == 800
+    item_emb.double().set_catalogue(shop(names))
+    assert item_emb.weight.dtype == torch.float64
 
 
-def test_embedding_is_kept_where_nothing_changes():
-    old, tokens = nn.Embedding(3, 2, padding_idx=0), ["[PAD]", "a", "b"]
-    assert resize_item_embedding(old, tokens, list(tokens)) is old
-    assert resize_item_embedding(old, None, ["[PAD]", "x", "y"]) is old  # rows that belong to nobody yet
-    unowned = resize_item_embedding(old, None, ["[PAD]", "x", "y", "z"])
-    assert unowned.num_embeddings == 4 and not any(torch.equal(a, b) for a in unowned.weight[1:] for b in old.weight)
-    swapped = resize_item_embedding(old, tokens, ["[PAD]", "b", "a"])  # same size, other order
-    assert torch.equal(swapped.weight[1:], old.weight[1:].flip(0))
+def test_id_embedding_is_kept_where_nothing_changes():
+    item_emb = IDEmbedding(2, 2)
+    old = item_emb.weight
+    item_emb.set_catalogue(shop("xy"))  # rows that belong to nobody yet
+    assert item_emb.weight is old
+    item_emb.set_catalogue(shop(list("xy")))
+    assert item_emb.weight is old
+    item_emb.set_catalogue(shop("yx"))  # same size, other order
+    assert torch.equal(item_emb.weight[1:], old[1:].flip(0))
+    unowned = IDEmbedding(2, 2)
+    before = unowned.weight.detach().clone()
+    unowned.set_catalogue(shop("xyz"))
+    assert unowned.n_items == 3 and not any(torch.equal(a, b) for a in unowned.weight[1:] for b in before[1:])
+    zero = IDEmbedding(2, 1, std=0.)
+    zero.set_catalogue(shop("xyz"))
+    assert not zero.weight.any() and zero.weight.requires_grad
 
 
 # Weights that move from one model to another
@@ -272,9 +285,23 @@ def test_sizes_follow_the_catalogue(tmp_path):
     assert SASRec.from_pretrained(tmp_path / "saved").item_emb.num_embeddings == 10
 
 
-def test_two_models_do_not_share_their_sizes():
-    first, second = (SASRec(**SIZES).set_catalogue(make_catalogue(n, whole=True)) for n in (7, 9))
-    assert (first._hub_mixin_config["n_items"], second._hub_mixin_config["n_items"]) == (7, 9)
+def test_two_models_do_not_share_their_sizes(tmp_path):
+    for n in (7, 9): SASRec(**SIZES).set_catalogue(make_catalogue(n, whole=True)).save_pretrained(tmp_path / str(n))
+    for n in (7, 9): assert json.loads((tmp_path / str(n) / "config.json").read_text())["n_items"] == n
+
+
+def test_a_class_that_is_not_known_is_named(tmp_path):
+    build("sasrec").save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    for name in ("Hidden", "fit", "core"):
+        (tmp_path / "m/config.json").write_text(json.dumps(config | {"recommender": name}))
+        with pytest.raises(ValueError, match=f"names the recommender '{name}'.*import the module that defines it"):
+            Recommender.from_pretrained(tmp_path / "m")
+
+
+def test_quirks_are_checked():
+    assert released_quirks("a", ("a", "b")) == released_quirks(["a"], ("a", "b")) == {"a"}
+    with pytest.raises(ValueError, match=r"released names \['c'\], but this system has \['a', 'b'\]"): released_quirks(["a", "c"], ("a", "b"))
 
 
 def test_missing_files_are_named(tmp_path):

@@ -15,7 +15,8 @@ from mmseqrec.evaluation import evaluate
 from mmseqrec.blocks.layers import SequenceEncoder, last_outputs
 from mmseqrec.blocks.losses import dot_score, items_of_step
 from mmseqrec.metrics import count_better
-from mmseqrec.recommender import Items, Recommender, encode_catalogue, export_vectors, take_positions, top_items
+from mmseqrec.blocks.towers import take_positions
+from mmseqrec.recommender import Items, Recommender, encode_catalogue, export_vectors, top_items
 from mmseqrec.training import fit
 from small_world import SYSTEMS, V, build, make_catalogue, make_store, ring_store
 
@@ -211,7 +212,7 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_streams_find_candidates_that_missrec_ranks():
     model = build("content_missrec", catalogue=make_catalogue(2000)).eval()
     with torch.no_grad():
-        model.kappa.fill_(6.)
+        model.fusion.kappa.fill_(6.)
         items, sequence = encode_catalogue(model), model.encode_sequence(collate([[5, 9, 3]], 10))
         exact = model.score(sequence, items)[0].topk(10)
         near = [(sequence[0, 0] @ stream.T).topk(200) for stream in items.vectors.unbind(1)]

@@ -198,7 +198,7 @@ def test_pieces_are_as_wide_as_their_own_longest():
 @each_arithmetic
 @each_drop
 def test_pretraining_equals_loops(words, legacy, targets, monkeypatch):
-    model = shaken(legacy=legacy, **disturb(monkeypatch, words))
+    model = shaken(released=("false_negatives",) if legacy else (), **disturb(monkeypatch, words))
     found = {name: x.item() for name, x in model.pretrain_loss(asking(targets)).items()}
     slow = slow_terms(numbers(model), model.catalogue, targets, words, legacy)
     assert found == pytest.approx(slow | {"loss": slow["sequence_item"] + LAMBDA * slow["sequence_sequence"]}, abs=1e-6)
@@ -208,7 +208,7 @@ def test_pretraining_equals_loops(words, legacy, targets, monkeypatch):
 @each_drop
 def test_the_arithmetics_differ_where_targets_repeat(words, monkeypatch):
     for targets in (DISTINCT, REPEATED):
-        paper, legacy = (shaken(legacy=way, **disturb(monkeypatch, words)).pretrain_loss(asking(targets)) for way in (False, True))
+        paper, legacy = (shaken(released=("false_negatives",) if way else (), **disturb(monkeypatch, words)).pretrain_loss(asking(targets)) for way in (False, True))
         for name in paper: assert (paper[name].item() != legacy[name].item()) == (targets == REPEATED), name
         assert legacy["loss"] >= paper["loss"]
 
@@ -229,7 +229,7 @@ def test_nothing_known_costs_log_b():
     model = shaken().set_catalogue(catalogue_from_arrays([f"i{n}" for n in range(V)], text, dropped_text_emb=text))
     torch.nn.init.zeros_(model.encoder.position_emb.weight)
     for word_drop_share in (0., 1.):
-        model.word_drop_share = word_drop_share
+        model.disturbance["word_drop_share"] = word_drop_share
         terms = model.pretrain_loss(asking(DISTINCT, [[1, 2]] * 6))
         for name in ("sequence_item", "sequence_sequence"): assert terms[name].item() == pytest.approx(math.log(6), abs=1e-9)
 
@@ -254,7 +254,7 @@ def test_targets_without_text_leave_only_the_other_task():
 def test_histories_and_targets_of_nothing_stay_finite():
     model = build("content_unisrec").train()
     for share in (0., 1.):
-        model.word_drop_share = share
+        model.disturbance["word_drop_share"] = share
         loss = model.pretrain_loss(asking([NO_TEXT, NOTHING], [[NOTHING], [NO_TEXT, NOTHING]]))["loss"]
         loss.backward()
         assert loss.isfinite() and all(x.grad is None or x.grad.isfinite().all() for x in model.parameters())
@@ -270,7 +270,7 @@ def test_the_disturbance_is_drawn_once_a_step_with_its_share_and_rates(monkeypat
     assert abs(sum(name == "words" for name, _ in rates) / 200 - .3) < .1
     for share, name in ((0., "items"), (1., "words")):
         rates.clear()
-        model.word_drop_share = share
+        model.disturbance["word_drop_share"] = share
         for _ in range(20): model.pretrain_loss(asking(DISTINCT))
         assert {drawn for drawn, _ in rates} == {name}
 
@@ -300,7 +300,7 @@ def test_what_pretraining_needs_is_said():
     model = shaken().set_catalogue(whole)
     with pytest.raises(ValueError, match=r"build_catalogue\(..., word_drop=0.15\), or .* UniSRec\(..., word_drop_share=0\)"):
         model.pretrain_loss(asking(DISTINCT))
-    model.word_drop_share = 0.
+    model.disturbance["word_drop_share"] = 0.
     assert model.pretrain_loss(asking(DISTINCT))["loss"].isfinite()
     assert model.finetune_loss(asking(DISTINCT))["loss"].isfinite(), "fine-tuning needs no shortened texts"
     for share in (0., 1.):
@@ -327,7 +327,7 @@ def along(model, loss, slow, step=1e-5, seed=0):
 @each_drop
 @pytest.mark.parametrize("targets", [REPEATED, LACKING], ids=["repeated", "lacking"])
 def test_gradients_of_pretraining_equal_the_slope_of_the_loops(targets, words, legacy, monkeypatch):
-    model = shaken(legacy=legacy, sequence_weight=1., **disturb(monkeypatch, words))
+    model = shaken(released=("false_negatives",) if legacy else (), sequence_weight=1., **disturb(monkeypatch, words))
     fast, slow = along(model, model.pretrain_loss(asking(targets))["loss"],
                        lambda p: sum(slow_terms(p, model.catalogue, targets, words, legacy).values()))
     assert abs(fast) > .1 and fast == pytest.approx(slow, rel=1e-5)
@@ -358,7 +358,7 @@ def test_each_term_teaches_the_items_it_looks_at(monkeypatch):
     model, batch = shaken(word_drop_share=1.), asking(targets, histories)
     assert items_taught(model, "sequence_item", batch) == [{6, 9, 8, 3, 7, 1, 2, 12}, set()]
     assert items_taught(model, "sequence_sequence", batch) == [{6, 9, 8, 3, 7}, {9, 3}]
-    model.word_drop_share = 0.
+    model.disturbance["word_drop_share"] = 0.
     monkeypatch.setattr(unisrec, "draw_item_drop", lambda item_pad_mask, rate: torch.tensor([[False, True], [False] * 2, [False] * 2]))
     assert items_taught(model, "sequence_sequence", batch) == [{6, 9, 8, 3, 7}, set()]
 
@@ -485,7 +485,7 @@ def test_attention_equals_the_encoders():
 # Saving, and the same digits
 
 OPTIONS = dict(n_experts=3, adapter_dropout=.35, noisy_gate=False, centred=False, transductive=False, frozen_trunk=True, sequence_weight=.5,
-               word_drop_share=.25, item_drop=.1, word_drop=.3, legacy=True, temperature=.2)
+               word_drop_share=.25, item_drop=.1, word_drop=.3, released=["false_negatives"], temperature=.2)
 
 
 @pytest.mark.parametrize("options", [{}, OPTIONS, OPTIONS | {"transductive": True, "centred": True}], ids=["default", "all", "transductive"])
@@ -498,7 +498,7 @@ def test_saved_options_come_back(options, tmp_path):
     again = UniSRec.from_pretrained(tmp_path / "saved")
     assert same(weights(again), weights(model)) and torch.equal(again.items.dropped_features, model.items.dropped_features)
     assert [x.requires_grad for x in again.parameters()] == [x.requires_grad for x in model.parameters()]
-    for name in ("temperature", "legacy", "sequence_weight", "word_drop_share", "item_drop", "word_drop", "has_pretraining"):
+    for name in ("temperature", "released", "sequence_weight", "disturbance", "has_pretraining"):
         assert getattr(again, name) == getattr(model, name), name
     assert again.items.centred == options.get("centred", True)
 
@@ -508,7 +508,7 @@ def test_defaults_are_the_papers_but_for_the_width():
     paper = dict(n_layers=2, n_heads=2, inner_size=256, dropout=.5, attention_dropout=.5, max_len=50, temperature=.07,
                  n_experts=8, adapter_dropout=.2, sequence_weight=1e-3, word_drop_share=.1, item_drop=.2, word_drop=.2)
     assert paper.items() <= defaults.items() and defaults["hidden_size"] == 64
-    assert defaults["noisy_gate"] and not (defaults["transductive"] or defaults["frozen_trunk"] or defaults["legacy"]) and defaults["centred"]
+    assert defaults["noisy_gate"] and not (defaults["transductive"] or defaults["frozen_trunk"] or defaults["released"]) and defaults["centred"]
 
 
 @cache

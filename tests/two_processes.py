@@ -78,7 +78,7 @@ def steps():
     found = {f"finetune {name}": one_step(name, "finetune") for name in LEARNING}
     found |= {f"pretrain {name}": one_step(name, "pretrain") for name in PRETRAINED}
     for name in ("content_unisrec", "content_missrec"): found[f"words {name}"] = one_step(name, "pretrain", **WORDS)
-    found["legacy unisrec"] = one_step("content_unisrec", "pretrain", legacy=True)
+    found["legacy unisrec"] = one_step("content_unisrec", "pretrain", released=("false_negatives",))
     found["kappas missrec"] = one_step("content_missrec", "pretrain", candidate_fusion="per_item")
     for name in ("sasrec", "bert4rec"): found[f"single row {name}"] = one_step(name, "finetune", 1)
     for name in PRETRAINED: found[f"single row {name}"] = one_step(name, "pretrain", 1)

@@ -31,7 +31,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from ..artifacts import artifact_path, atomic_path
-from ..blocks.interests import Interests, plot_interests
+from ..blocks.interests import InterestTables, plot_interests
 from ..core import derive_seed, get_device, get_precision
 from ..data.interactions import plot_history_lengths, plot_long_tail
 from ..data.items import ItemTable
@@ -562,7 +562,7 @@ def interests_section(
     first = next(filter(is_missrec, run.results), None)
     model = first and MISSRec.from_pretrained(str(first.folder))
     if model is None or model.interest_of_item.shape[1] < 2: return None
-    interests = Interests(model.interest_emb, model.interest_of_item)
+    interests = InterestTables(model.interest_emb, model.interest_of_item)
     sheet = plot_interests(interests, first_pictures(run.data.items), title="")
     return {"figure": embed_figure(sheet, n_colors=96), "title": first.title,
             "n_interests": len(model.interest_emb) - 1,

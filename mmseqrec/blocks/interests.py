@@ -6,18 +6,18 @@ Docs: https://mmseqrec.github.io/mmseqrec/blocks.interests.html.md"""
 
 # %% auto #0
 __all__ = ['plot_clusters', 'count_interests', 'cluster_kmeans', 'density_peaks', 'plot_decision_graph', 'cluster_dpc_knn',
-           'Interests', 'assign_interests', 'discover_interests', 'interest_sets', 'plot_interests']
+           'InterestTables', 'assign_interests', 'discover_interests', 'interest_sets', 'Interests', 'plot_interests']
 
 # %% ../../nbs/34_blocks.interests.ipynb #imports
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core import check_shape
 from ..figures import COLORS, plot_images
@@ -257,12 +257,11 @@ def cluster_dpc_knn(
     cluster[peaks] = torch.arange(len(peaks), device=tokens.device)
     return _mean_of_clusters(tokens, place.bincount(), cluster, len(peaks)), cluster[place]
 
-# %% ../../nbs/34_blocks.interests.ipynb #interests
-@dataclass(frozen=True, eq=False)
-class Interests:
+# %% ../../nbs/34_blocks.interests.ipynb #tables
+class InterestTables(NamedTuple):
     "Interests of a catalogue and the interest of each of its tokens."
     vectors: Tensor  # `[C+1, D]`, at least 32 bits, row 0 is padding
-    of_item: Tensor  # `[V+1, M]` int64, the interest of each text and picture; 0 = no token
+    of_item: Tensor  # `[V+1, M]` int64, the interest of each text and image; 0 = no token
 
 # %% ../../nbs/34_blocks.interests.ipynb #assign
 def _present(tokens, missing_modality_mask):
@@ -314,7 +313,7 @@ def discover_interests(
     method: str = "kmeans",  # or `"dpc_knn"`
     seed: int = 0,
     include_missing: bool = False,  # missing tokens take part, as in the released code
-) -> Interests:
+) -> InterestTables:
     "Cluster the tokens of training items; every other token gets the nearest interest. Raises `ValueError`."
     if method not in ("kmeans", "dpc_knn"): raise ValueError(f"method must be 'kmeans' or 'dpc_knn', got {method!r}")
     if include_missing: missing_modality_mask = torch.zeros_like(missing_modality_mask)
@@ -327,7 +326,7 @@ def discover_interests(
     vectors = F.pad(centers, (0, 0, 1, 0))
     of_item = assign_interests(tokens, missing_modality_mask, vectors)
     if method == "dpc_knn": of_item[rows, modalities] = cluster + 1  # nearest to the peak, not to the mean around it
-    return Interests(vectors, of_item)
+    return InterestTables(vectors, of_item)
 
 # %% ../../nbs/34_blocks.interests.ipynb #sets
 def interest_sets(
@@ -343,9 +342,98 @@ def interest_sets(
     sets = ids.new_zeros(len(ids), Q + 1)  # what is no new interest is written into one last column, and dropped
     return sets.scatter_(1, torch.where(is_new, place - 1, Q), ids)[:, :Q]
 
+# %% ../../nbs/34_blocks.interests.ipynb #module
+class Interests(nn.Module):
+    "Keep the interests of a catalogue, and the interest of each token (MISSRec, interest discovery)."
+    def __init__(
+        self,
+        n_items: int = 0,  # V; follows the catalogue
+        n_interests: int = 0,  # C; follows the discovery
+        n_modalities: int = 2,  # M
+        hidden_size: int = 64,  # D
+        ratio: float = 0.5,  # interests per token of a training item
+        method: str = "kmeans",  # or `"dpc_knn"`
+    ):
+        super().__init__()
+        self.ratio, self.method = ratio, method
+        self.register_buffer("vectors", torch.zeros(n_interests + 1, hidden_size))
+        self.register_buffer("of_item", torch.zeros(n_items + 1, n_modalities, dtype=torch.long))
+
+    @property
+    def n_items(self) -> int:
+        "Count the items, V."
+        return len(self.of_item) - 1
+
+    @property
+    def n_interests(self) -> int:
+        "Count the interests, C; none before the first discovery."
+        return len(self.vectors) - 1
+
+    def forward(
+        self,
+        ids: Tensor,  # interests of any shape, 0 = padding
+    ) -> Tensor:  # the same shape and an axis of D more
+        "Look up the vectors of interests; they are no parameters, and no gradient reaches them."
+        return F.embedding(ids, self.vectors)
+
+    def sets(
+        self,
+        item_seq: Tensor,  # `[B, L]`, 0 = padding
+    ) -> Tensor:  # `[B, Q]`, 0 = padding
+        "Collect the interests of each history by `interest_sets`."
+        return interest_sets(self.of_item, item_seq)
+
+    @torch.no_grad()
+    def discover(
+        self,
+        tokens: Tensor,  # `[V+1, M, D]`, row 0 is padding
+        missing_token_mask: Tensor,  # `[V+1, M]` bool, True = no token
+        training_items: Tensor | None = None,  # `[N]` rows whose tokens are clustered; `None`: all
+        seed: int = 0,
+    ) -> None:
+        "Make both tables by `discover_interests`, and raise its errors."
+        found = discover_interests(tokens, missing_token_mask, training_items, self.ratio,
+                                   self.method, seed)
+        self._keep(*found)
+
+    @torch.no_grad()
+    def follow(
+        self,
+        tokens: Callable[[], Tensor],  # makes the tokens `[V+1, M, D]` where they are needed
+        missing_token_mask: Tensor,  # `[V+1, M]` bool, True = no token
+        old_tokens: Sequence[str] | None,  # V'+1 item tokens so far; `None`: no catalogue yet
+        new_tokens: Sequence[str],  # V+1 item tokens from now on
+    ) -> None:
+        "Go to another catalogue: discover the first interests ever, or find the nearest there are."
+        if not self.n_interests: return self.discover(tokens(), missing_token_mask)
+        if old_tokens is None and len(new_tokens) == len(self.of_item): return  # loaded before it
+        of_item = assign_interests(tokens(), missing_token_mask, self.vectors)
+        row_of = {token: row for row, token in enumerate(old_tokens or ())}
+        kept = [(row, row_of[token]) for row, token in enumerate(new_tokens)
+                if row and token in row_of]
+        if kept:
+            row, before = torch.tensor(kept, device=of_item.device).T
+            known = self.of_item[before].masked_fill(missing_token_mask[row], 0)
+            of_item[row] = torch.where(known > 0, known, of_item[row])
+        self._keep(self.vectors, of_item)
+
+    def _keep(self, vectors, of_item):
+        "Store both tables, in place where there is room for exactly these."
+        for name, table in (("vectors", vectors), ("of_item", of_item)):
+            own = getattr(self, name)
+            if own.shape == table.shape: own.copy_(table)
+            else: setattr(self, name, table.to(own))
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        "Make room for another number of interests before weights are loaded."
+        found, own = state_dict.get(f"{prefix}vectors"), self.vectors
+        if found is not None and len(found) != len(own) and found.shape[1:] == own.shape[1:]:
+            self.vectors = own.new_zeros(found.shape)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
 # %% ../../nbs/34_blocks.interests.ipynb #plot-interests
 def plot_interests(
-    interests: Interests,
+    interests: "InterestTables | Interests",
     pictures: Sequence,  # `[V+1]` PIL pictures, arrays or files; `None` where there is none
     shown: Sequence[int] | None = None,  # interests, a row each; the five of most items by default
     n_cols: int = 9,  # pictures in a row at most

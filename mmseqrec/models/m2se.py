@@ -44,6 +44,15 @@ class ModalityEncoder(nn.Module):
         self.register_buffer("content_pad_mask", content_pad_mask.to(weight.device), persistent=False)
         self.register_buffer("missing_modality_mask", self.content_pad_mask.all(1), persistent=False)
 
+    def fit_statistics(
+        self,
+        ids: Tensor,  # `[N]` catalogue rows that occur in training
+    ) -> None:
+        "Take centre and spread of the mean features of items that have the modality."
+        there = ids[~self.missing_modality_mask[ids]]
+        counts = (~self.content_pad_mask[there]).sum(1, keepdim=True)
+        self.centring.fit_statistics(self.features[there].sum(1) / counts)
+
     def forward(
         self,
         ids: Tensor | None = None,  # `[N]` catalogue rows; all V+1 by default
@@ -55,27 +64,29 @@ class ModalityEncoder(nn.Module):
 
 # %% ../../nbs/52_models.m2se.ipynb #item-streams
 class ItemStreams(nn.Module):
-    "Encode items as texts and as pictures, with an encoder for each."
+    "Encode items as texts and as images, with an encoder for each (MP4SR, item encoders)."
     def __init__(
         self,
         text_size: int,  # numbers in a text feature
-        image_size: int,  # numbers in an image feature; keywords are encoded like texts, so usually the same
+        image_size: int,  # numbers in an image feature; for keywords usually the same
         hidden_size: int = 64,  # D
         **options,  # the other arguments of `ModalityEncoder`
     ):
         super().__init__()
         if not (text_size and image_size):
-            raise ValueError("M2SE reads texts and pictures: give text_size and image_size, and a catalogue with both")
-        self.text, self.image = (ModalityEncoder(size, hidden_size, **options) for size in (text_size, image_size))
+            raise ValueError("M2SE reads texts and pictures: give text_size and image_size, and a "
+                             "catalogue with both")
+        self.text, self.image = (ModalityEncoder(size, hidden_size, **options)
+                                 for size in (text_size, image_size))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
     def set_catalogue(
         self,
-        catalogue: Catalogue,  # with text and image features; raises `ValueError` if they do not fit
+        catalogue: Catalogue,  # text and image features; raises `ValueError` if they do not fit
     ) -> None:
         "Take the features of a catalogue."
-        sizes = {name: getattr(self, name).experts.experts.in_features for name in ("text", "image")}
-        check_features(catalogue, **sizes)
+        text, image = (part.experts.experts.in_features for part in (self.text, self.image))
+        check_features(catalogue, text=text, image=image)
         self.text.set_features(catalogue.text_emb, catalogue.text_pad_mask)
         self.image.set_features(catalogue.image_emb, catalogue.image_pad_mask)
 
@@ -83,13 +94,18 @@ class ItemStreams(nn.Module):
         self,
         ids: Tensor,  # `[N]` catalogue rows that occur in training
     ) -> None:
-        "Take centre and spread of both modalities, once: other items must fit the weights they were taken for."
+        "Take centre and spread of both modalities, once: other items must fit the weights."
         if self.fitted: return
-        for modality in (self.text, self.image):
-            there = ids[~modality.missing_modality_mask[ids]]
-            counts = (~modality.content_pad_mask[there]).sum(1, keepdim=True)
-            modality.centring.fit_statistics(modality.features[there].sum(1) / counts)
+        for modality in (self.text, self.image): modality.fit_statistics(ids)
         self.fitted.fill_(True)
+
+    def missing_modality_mask(
+        self,
+        ids: Tensor,  # `[N]` catalogue rows
+    ) -> Tensor:  # `[N, 2]`, True where an item lacks text or images
+        "Tell what items lack."
+        masks = (part.missing_modality_mask[ids] for part in (self.text, self.image))
+        return torch.stack(list(masks), 1)
 
     def forward(
         self,
@@ -100,7 +116,7 @@ class ItemStreams(nn.Module):
 
 # %% ../../nbs/52_models.m2se.ipynb #m2se
 class M2SE(nn.Module):
-    "Multimodal Mixup Sequence Encoder (MSM4SR, MP4SR): two item encoders, one causal Transformer for both streams."
+    "Multimodal Mixup Sequence Encoder (MSM4SR, MP4SR): items in two streams, one Transformer."
     def __init__(
         self,
         text_size: int,  # numbers in a text feature
@@ -118,18 +134,34 @@ class M2SE(nn.Module):
         masked_pooling: bool = True,  # see `AttentionPooling`
     ):
         super().__init__()
-        self.items = ItemStreams(text_size, image_size, hidden_size, n_experts=n_experts, dropout=adapter_dropout,
-                                 trained_pooling=trained_pooling, masked_pooling=masked_pooling)
-        self.encoder = SequenceEncoder(hidden_size, n_layers, n_heads, inner_size, dropout, attention_dropout, max_len)
+        options = dict(trained_pooling=trained_pooling, masked_pooling=masked_pooling)
+        self.items = ItemStreams(text_size, image_size, hidden_size, n_experts=n_experts,
+                                 dropout=adapter_dropout, **options)
+        self.encoder = SequenceEncoder(hidden_size, n_layers, n_heads, inner_size, dropout,
+                                       attention_dropout, max_len)
         init_weights(self)
+
+    def set_catalogue(
+        self,
+        catalogue: Catalogue,  # text and image features; raises `ValueError` if they do not fit
+    ) -> None:
+        "Take the features of a catalogue."
+        self.items.set_catalogue(catalogue)
+
+    def fit_statistics(
+        self,
+        ids: Tensor,  # `[N]` catalogue rows that occur in training
+    ) -> None:
+        "Take centre and spread of the features, once."
+        self.items.fit_statistics(ids)
 
     def forward(
         self,
         x: Tensor,  # `[B, L, 2, D]`, text and image vectors at every position
         item_pad_mask: Tensor,  # `[B, L]`, True where there is no item
         return_attention: bool = False,  # also return the weights of every block
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:  # `[B, L, 2, D]`, and one `[B, 2, H, L, L]` a block if asked for
-        "Read each history twice, as texts and as pictures."
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:  # `[B, L, 2, D]`; `[B, 2, H, L, L]` a block
+        "Read each history twice, as texts and as images."
         B, L, S, D = check_shape(x, "B L S D", S=2).shape
         streams = x.transpose(1, 2).reshape(B * S, L, D)
         h = self.encoder(streams, item_pad_mask.repeat_interleave(S, 0), return_attention)
