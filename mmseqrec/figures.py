@@ -1,4 +1,4 @@
-"""One style for every plot: colours that mean something, axes that say their unit, pictures in sheets.
+"""One style for every plot: colours that mean something, axes that say their unit, images in sheets.
 
 Docs: https://mmseqrec.github.io/mmseqrec/figures.html.md"""
 
@@ -29,21 +29,27 @@ COLORS = {
     "scratch": "#b3a1d6",
 }
 
+# %% ../nbs/02_figures.ipynb #style
+_STYLE = {
+    "figure.figsize": (6.4, 3.4), "figure.dpi": 80, "savefig.dpi": 80,
+    "figure.constrained_layout.use": True, "text.color": ".15", "font.size": 10.2,
+    "axes.prop_cycle": plt.cycler(color=list(COLORS.values())[:5]),
+    "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.labelsize": 10.2, "axes.labelcolor": COLORS["ink"], "axes.edgecolor": COLORS["neutral"],
+    "axes.linewidth": 1.25, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#eceff3", "grid.linewidth": 1,
+    "xtick.bottom": False, "xtick.color": ".15", "xtick.labelsize": 9.35,
+    "xtick.major.size": 6, "xtick.major.width": 1.25,
+    "ytick.left": False, "ytick.color": ".15", "ytick.labelsize": 9.35,
+    "ytick.major.size": 6, "ytick.major.width": 1.25,
+    "legend.frameon": False, "legend.fontsize": 9.35, "legend.title_fontsize": 10.2,
+    "lines.solid_capstyle": "round", "patch.edgecolor": "white", "patch.force_edgecolor": True,
+    "image.interpolation": "nearest", "svg.hashsalt": "mmseqrec",
+}
+
 def set_style() -> None:
     "Use the book's style for all figures made from here on."
-    plt.rcParams.update({
-        "figure.figsize": (6.4, 3.4), "figure.dpi": 80, "savefig.dpi": 80, "figure.constrained_layout.use": True,
-        "axes.prop_cycle": plt.cycler(color=list(COLORS.values())[:5]), "text.color": ".15", "font.size": 10.2,
-        "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-        "axes.labelsize": 10.2, "axes.labelcolor": COLORS["ink"], "axes.edgecolor": COLORS["neutral"],
-        "axes.linewidth": 1.25, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "axes.axisbelow": True, "grid.color": "#eceff3", "grid.linewidth": 1,
-        **{f"{axis}tick.{key}": value for axis in "xy" for key, value in (
-            ("color", ".15"), ("labelsize", 9.35), ("major.size", 6), ("major.width", 1.25))},
-        "xtick.bottom": False, "ytick.left": False,
-        "legend.frameon": False, "legend.fontsize": 9.35, "legend.title_fontsize": 10.2,
-        "lines.solid_capstyle": "round", "patch.edgecolor": "white", "patch.force_edgecolor": True,
-        "image.interpolation": "nearest", "svg.hashsalt": "mmseqrec"})
+    plt.rcParams.update(_STYLE)
 
 # %% ../nbs/02_figures.ipynb #new-axes
 def _axes(ax, title, xlabel, ylabel, figsize=None):
@@ -65,10 +71,12 @@ def plot_lines(
 ) -> plt.Axes:
     "Draw named lines, with bands of uncertainty where they are given."
     ax = _axes(ax, title, xlabel, ylabel)
+    bands, colors = bands or {}, colors or {}
     for name, values in lines.items():
         x, y = values if isinstance(values, tuple) else (np.arange(1, len(values) + 1), values)
-        line, = ax.plot(x, y, label=name, color=(colors or {}).get(name), marker=marker, markersize=4)
-        if bands and name in bands: ax.fill_between(x, *bands[name], color=line.get_color(), alpha=.15, linewidth=0)
+        line, = ax.plot(x, y, label=name, color=colors.get(name), marker=marker, markersize=4)
+        if name not in bands: continue
+        ax.fill_between(x, *bands[name], color=line.get_color(), alpha=.15, linewidth=0)
     if len(lines) > 1: ax.legend()
     return ax
 
@@ -85,15 +93,17 @@ def plot_bars(
     "Draw one horizontal bar a name, its value at the end, and a whisker for its interval."
     ax = _axes(ax, title, xlabel, "", figsize=(6.4, .5 + .36 * len(values)))
     names, numbers = list(values), np.array(list(values.values()), float)
-    ax.barh(names, numbers, color=[(colors or {}).get(n, COLORS["neutral"]) for n in names], height=.66)
+    colors = {name: COLORS["neutral"] for name in names} | dict(colors or {})
+    ax.barh(names, numbers, color=[colors[name] for name in names], height=.66)
     ends = numbers.copy()
     if intervals:
         low, high = np.array([intervals.get(n, (v, v)) for n, v in values.items()], float).T
-        ax.errorbar(numbers, np.arange(len(names)), xerr=[numbers - low, high - numbers], fmt="none",
-                    ecolor=COLORS["ink"], elinewidth=1, capsize=2.5)
+        ax.errorbar(numbers, np.arange(len(names)), xerr=[numbers - low, high - numbers],
+                    fmt="none", ecolor=COLORS["ink"], elinewidth=1, capsize=2.5)
         ends = np.maximum(ends, high)
-    for place, (value, end) in enumerate(zip(numbers, ends)):
-        ax.annotate(f"{value:.{digits}f}", (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+    text = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
+    for row, (value, end) in enumerate(zip(numbers, ends)):
+        ax.annotate(f"{value:.{digits}f}", (end, row), (4, 0), **text)
     ax.invert_yaxis()
     ax.margins(x=.12)
     ax.grid(axis="y", visible=False)
@@ -107,7 +117,7 @@ def plot_heatmap(
     title: str = "",
     xlabel: str = "",
     ylabel: str = "",
-    digits: int | None = None,  # decimals of the numbers written into the cells; `None` writes none
+    digits: int | None = None,  # decimals of the numbers in the cells; `None` writes no numbers
     center: float | None = None,  # value drawn white; draws both signs in different colours
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
@@ -115,47 +125,55 @@ def plot_heatmap(
     import seaborn as sns  # slow to import: only who draws a heat map waits for it
     values = np.asarray(values)
     rows, columns = values.shape
-    ax = _axes(ax, title, xlabel, ylabel, figsize=(min(1.6 + .45 * columns, 9), min(1.1 + .32 * rows, 7)))
-    span = None if center is None else np.nanmax(np.abs(values - center), initial=1e-12)
-    limits = {} if span is None else {"vmin": center - span, "vmax": center + span}
-    sns.heatmap(values, ax=ax, cmap="Blues" if center is None else "vlag", **limits,
-                annot=digits is not None, fmt=f".{digits or 0}f", annot_kws={"size": 7.5}, linewidths=.4,
-                xticklabels=column_names if column_names is not None else "auto",
-                yticklabels=row_names if row_names is not None else "auto", cbar_kws={"shrink": .8})
+    figsize = min(1.6 + .45 * columns, 9), min(1.1 + .32 * rows, 7)
+    ax = _axes(ax, title, xlabel, ylabel, figsize)
+    colors = {"cmap": "Blues"}
+    if center is not None:
+        span = np.nanmax(np.abs(values - center), initial=1e-12)
+        colors = {"cmap": "vlag", "vmin": center - span, "vmax": center + span}
+    sns.heatmap(values, ax=ax, **colors, annot=digits is not None, fmt=f".{digits or 0}f",
+                annot_kws={"size": 7.5}, linewidths=.4, cbar_kws={"shrink": .8},
+                xticklabels="auto" if column_names is None else column_names,
+                yticklabels="auto" if row_names is None else row_names)
+    is_long = max(map(len, column_names or [""])) >= 5
     ax.set(xlabel=xlabel, ylabel=ylabel)  # seaborn clears them
-    ax.tick_params(axis="x", rotation=0 if max(map(len, column_names or [""])) < 5 else 35, length=0)
-    if column_names is not None and max(map(len, column_names)) >= 5:
-        for label in ax.get_xticklabels(): label.set_horizontalalignment("right")
+    ax.tick_params(axis="x", rotation=35 if is_long else 0, length=0)
     ax.tick_params(axis="y", rotation=0, length=0)
+    if is_long: plt.setp(ax.get_xticklabels(), horizontalalignment="right")
     return ax
+
+# %% ../nbs/02_figures.ipynb #no-image
+def _no_image(ax):
+    "Draw a grey field where an image is missing."
+    ax.add_patch(plt.Rectangle((0, 0), 1, 1, color=COLORS["neutral"], alpha=.5))
+    ax.text(.5, .5, "no picture", ha="center", va="center", fontsize=6.5)
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
 
 # %% ../nbs/02_figures.ipynb #plot-images
 def plot_images(
-    images: Sequence,  # PIL pictures, arrays `[height, width, 3]`, file names, or `None`
+    images: Sequence,  # PIL images, arrays `[height, width, 3]`, file names, or `None`
     titles: Sequence[str] | None = None,  # one short line each
-    n_cols: int = 8,  # pictures in a row
-    size: float = 1.0,  # inches a picture
+    n_cols: int = 8,  # images in a row
+    size: float = 1.0,  # inches an image
     title: str = "",
     border_colors: Sequence | None = None,  # colour of each frame, or `None`
 ) -> plt.Figure:
-    "Draw pictures in rows, with a line of text under each."
+    "Draw images in rows, with a line of text under each."
     n_cols = max(1, min(n_cols, len(images)))
     n_rows = max(1, -(-len(images) // n_cols))
     height = size + (.22 * (1 + max(t.count("\n") for t in titles)) if titles else .06)
-    fig, axes = plt.subplots(n_rows, n_cols, figsize=(n_cols * (size + .06), n_rows * height + (.3 if title else 0)),
-                             squeeze=False)
+    figsize = n_cols * (size + .06), n_rows * height + (.3 if title else 0)
+    fig, axes = plt.subplots(n_rows, n_cols, figsize=figsize, squeeze=False)
     for ax in axes.flat: ax.axis("off")
-    for place, (ax, image) in enumerate(zip(axes.flat, images)):
+    for number, (ax, image) in enumerate(zip(axes.flat, images)):
         if isinstance(image, (str, Path)): image = Image.open(image).convert("RGB")
-        if image is None:
-            ax.add_patch(plt.Rectangle((0, 0), 1, 1, color=COLORS["neutral"], alpha=.5))
-            ax.text(.5, .5, "no picture", ha="center", va="center", fontsize=6.5)
-            ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        if image is None: _no_image(ax)
         else: ax.imshow(np.asarray(image), interpolation="antialiased")
-        if titles: ax.text(.5, -.05, titles[place], ha="center", va="top", fontsize=7, transform=ax.transAxes)
-        if border_colors is not None and border_colors[place] is not None:
-            ax.add_patch(plt.Rectangle((0, 0), 1, 1, fill=False, linewidth=3, edgecolor=border_colors[place],
-                                       transform=ax.transAxes))
+        label = titles[number] if titles else ""
+        ax.text(.5, -.05, label, ha="center", va="top", fontsize=7, transform=ax.transAxes)
+        color = None if border_colors is None else border_colors[number]
+        frame = {"fill": False, "linewidth": 3, "edgecolor": color, "transform": ax.transAxes}
+        if color is not None: ax.add_patch(plt.Rectangle((0, 0), 1, 1, **frame))
     if title: fig.suptitle(title, x=.01, ha="left", fontsize=10.5, fontweight="bold")
     return fig
 

@@ -1,6 +1,7 @@
 "The report: one file that loads nothing, shows text from outside as text, and is the same for the same run."
 import dataclasses
 import html.parser
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from jinja2 import UndefinedError
+from markupsafe import Markup, escape
 from PIL import Image
 
 from mmseqrec.data.interactions import interaction_statistics, leave_one_out, make_interactions
@@ -20,11 +23,12 @@ from mmseqrec.experiments.run import Result, Run, RunConfig, RunData
 from mmseqrec.features.encoders import catalogue_from_arrays
 from mmseqrec.features.keywords import STOP_WORDS, Keywords
 from mmseqrec.models.missrec import MISSRec
-from mmseqrec.app.report import (SystemSummary, best_baseline, choose_examples, choose_pictured, data_sections, data_uri, escape,
-                             example_html, facts_html, figure_html, first_pictures, format_number, format_seconds, headline, keyword_card,
-                             interests_html, keywords_html, keywords_sentence, map_vectors, map_words, one_seed_note, paired_difference,
-                             plot_loss, plot_pretraining_terms, plot_validation, pretraining_sentence, report_html,
-                             result_sections, system_summaries, systems_html, thumbnail, twins, twins_html, write_report)
+from mmseqrec.app.report import (SystemSummary, best_baseline, choose_examples, choose_pictured, data_uri, embed_figure, example,
+                                 examples_section, first_pictures, format_number, format_seconds, interests_section, keyword_card,
+                                 keyword_settings, keywords_section, map_section, map_vectors, map_words, one_seed_note,
+                                 paired_difference, plot_loss, plot_pretraining_terms, plot_validation, pretraining_section,
+                                 render_part, report_html, report_sections, system_summaries, systems_section, thumbnail,
+                                 training_section, what_ran_section, write_report)
 from mmseqrec.training import History
 
 EVIL = '<script>alert("x")</script> & <b>cheap</b>'
@@ -93,6 +97,25 @@ def full(tmp_path_factory):
 def full_page(full): return report_html(full, n_examples=1)
 
 
+def section_html(section, run, *args, systems=None):
+    "The HTML of a section: what its function returns, written by the macro of its name."
+    return render_part(section.__name__, section(run, systems or system_summaries(run), *args))
+
+def text_of(page):
+    "What a reader sees: no tags, no repeated white space."
+    return str(Markup(page).striptags())
+
+def facts_of(run):
+    "The list of facts: name -> text."
+    page = section_html(what_ran_section, run)
+    return {name: text_of(text) for name, text in re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page, re.S)}
+
+def rows_of(page): return re.findall("<tr>.*?</tr>", page, re.S)[1:]
+
+def headline_of(run, systems):
+    return text_of(render_part("headline", systems_section(run, systems), what_ran_section(run, systems)))
+
+
 class Checker(html.parser.HTMLParser):
     "Collects tags, attributes and visible text; every tag that is opened must be closed in order."
     def __init__(self):
@@ -148,7 +171,7 @@ def test_the_same_run_gives_the_same_bytes(run, page, tmp_path):
 def test_a_failed_report_leaves_the_old_one(run, tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")
-    monkeypatch.setattr("mmseqrec.app.report.result_sections", lambda *a: 1 / 0)
+    monkeypatch.setattr("mmseqrec.app.report.report_sections", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError): write_report(run, path)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
@@ -156,9 +179,9 @@ def test_a_figure_with_few_colours_is_smaller_and_as_wide():
     def draw(**options):
         fig, ax = plt.subplots()
         ax.imshow(np.random.default_rng(0).random((40, 40, 3)))
-        return figure_html(fig, "noise", **options)
+        return embed_figure(fig, **options)
     full, small = draw(), draw(n_colors=16)
-    assert len(small) < .8 * len(full) and re.findall('width="(\\d+)"', small) == re.findall('width="(\\d+)"', full)
+    assert len(small["src"]) < .8 * len(full["src"]) and small["width"] == full["width"]
 
 def test_the_page_is_small(page): assert len(page) < 5e6
 
@@ -168,7 +191,7 @@ def test_the_page_is_small(page): assert len(page) < 5e6
 def test_one_seed_is_not_a_ranking(run, page, tmp_path):
     assert "One seed: not a ranking." in page and "seeds ±" not in page
     several = make_run(tmp_path, seeds=(0, 1), systems=("popularity", "sasrec"))
-    text = systems_html(several, system_summaries(several))
+    text = render_part("main_table", systems_section(several, system_summaries(several)))
     assert one_seed_note(several) == "" and text.count("seeds ±") == 2 and "seeds ±0.000" not in text
 
 def test_every_system_and_metric_stands_in_the_table(page):
@@ -201,29 +224,29 @@ def test_the_headline_names_the_better_baseline(run, tmp_path):
     systems = system_summaries(run)
     simple = {s.key: s.values("ndcg@10").mean() for s in systems[:2]}
     assert best_baseline(systems).key == max(simple, key=simple.get)
-    assert "SASRec over IDs" in headline(run, systems)
-    assert "No other system is ahead" in headline(run, systems[:2])
+    assert "SASRec over IDs" in headline_of(run, systems)
+    assert "No other system is ahead" in headline_of(run, systems[:2])
     alone = make_run(tmp_path, systems=("sasrec",))
     assert best_baseline(system_summaries(alone)) is None
-    assert "<td>–</td>" in systems_html(alone, system_summaries(alone))
+    assert "<td>–</td>" in section_html(systems_section, alone)
 
 def test_curves_of_a_run_without_training(tmp_path):
     run = make_run(tmp_path, systems=("popularity", "markov"))
     systems = system_summaries(run)
     assert not plot_loss(systems).lines and len(plot_validation(systems).lines) == 2
-    assert "Training" not in result_sections(run, systems)
+    assert training_section(run, systems) is None
     plt.close("all")
 
 @pytest.mark.parametrize("features", ["text", "image", "none"])
 def test_a_modality_may_be_missing(features, tmp_path):
     run = make_run(tmp_path, features=features)
-    sections = data_sections(run, system_summaries(run), n_examples=1)
-    assert ("Map of the items" in sections) == (features != "none")
+    sections = report_sections(run, system_summaries(run), n_examples=1)
+    assert (sections["Map of the items"][1] is not None) == (features != "none")
     plt.close("all")
 
 def test_recall_at_10_as_the_metric_is_drawn_once(tmp_path):
     run = make_run(tmp_path, metric="recall@10", systems=("popularity",))
-    assert result_sections(run, system_summaries(run))["Systems"].count("<figure>") == 1
+    assert section_html(systems_section, run).count("<figure>") == 1
     plt.close("all")
 
 
@@ -232,7 +255,7 @@ def test_recall_at_10_as_the_metric_is_drawn_once(tmp_path):
 def test_examples_hold_history_target_and_lists(run):
     systems = system_summaries(run)
     row = choose_examples(systems, 1)[0]
-    text, target = example_html(run, systems, row), int(systems[0].pos_item[row])
+    text, target = render_part("example", example(run, systems, row)), int(run.results[0].evaluation.pos_item[row])
     assert text.count('class="strip') == 1 + len(systems)
     hits = sum(target in r.evaluation.top_items[row] for r in run.results)
     assert text.count("card framed") == 1 + hits
@@ -253,7 +276,8 @@ def test_an_item_without_picture_shows_its_title(run, tmp_path):
     assert thumbnail(broken) is None and thumbnail(tmp_path / "absent.png") is None
     images = [[broken] * bool(row) for row in range(len(run.data.items.item_tokens))]
     items = dataclasses.replace(run.data.items, images=images)
-    text = example_html(dataclasses.replace(run, data=dataclasses.replace(run.data, items=items)), system_summaries(run), 0)
+    without = dataclasses.replace(run, data=dataclasses.replace(run.data, items=items))
+    text = render_part("example", example(without, system_summaries(run), 0))
     assert "<img" not in text and "<span>A " in text
 
 
@@ -271,33 +295,34 @@ def test_sections_of_a_run_with_everything(page, full_page):
     assert headings(full_page).index("Pre-training") < headings(full_page).index("Training")
 
 def test_facts_name_pretraining_and_keywords(run, full):
-    facts = facts_html(full)
-    assert pretraining_sentence(full, system_summaries(full)).startswith("MP4SR: at most 9 epochs of 2,048 histories a step")
-    assert "5 words a picture, out of 7 " in keywords_sentence(full) and EVIL in keywords_sentence(full)
-    for text in (pretraining_sentence(full, system_summaries(full)), keywords_sentence(full)): assert escape(text) in facts
+    facts, said = facts_of(full), text_of(render_part("keywords_sentence", keyword_settings(full)))
+    assert facts["Pre-training"].startswith("MP4SR: at most 9 epochs of 2,048 histories a step")
+    assert "5 words a picture, out of 7 " in said and EVIL in said and facts["Keywords"] == said
     shipped = dataclasses.replace(full.data.keywords, settings={"word_encoder": {"name": "shipped"}})
     shipped = dataclasses.replace(full, data=dataclasses.replace(full.data, keywords=shipped))
-    assert "the small CLIP shipped with mmseqrec" in keywords_sentence(shipped) and "level" not in keywords_sentence(shipped)
-    assert keywords_sentence(run) == pretraining_sentence(run, system_summaries(run)) == ""
-    assert "<dt>Keywords" not in facts_html(run) and "<dt>Pre-training" not in facts_html(run)
+    said = text_of(render_part("keywords_sentence", keyword_settings(shipped)))
+    assert "the small CLIP shipped with mmseqrec" in said and "level" not in said
+    assert keyword_settings(run) is None and not {"Keywords", "Pre-training"} & set(facts_of(run))
 
 def test_the_table_says_who_was_pretrained(full):
-    rows = re.findall("<tr>.*?</tr>", systems_html(full, system_summaries(full)))[1:]
+    rows = rows_of(render_part("main_table", systems_section(full, system_summaries(full))))
     said = ["pre-trained, then fine-tuned" in row for row in rows]
     assert said == [False, False, False, True] and ["pre-training 0.5 s" in row for row in rows] == said
     assert ">1.5 s<" in rows[3] and "MP4SR, not pre-trained" in rows[2]
 
 def test_twins_are_compared_user_by_user(run, full):
     systems = system_summaries(full)
-    assert [(a.key, b.key) for a, b in twins(systems)] == [("mp4sr", "mp4sr_scratch")]
-    rows = re.findall("<tr>.*?</tr>", twins_html(full, systems))[1:]
+    twins = pretraining_section(full, systems)["twins"]
+    assert [[row["title"] for row in pair["rows"]] for pair in twins] == [["MP4SR", "MP4SR, not pre-trained"]]
+    page = section_html(pretraining_section, full)
+    rows = rows_of(page)
     assert len(rows) == 3 and "MP4SR<" in rows[0] and "MP4SR, not pre-trained<" in rows[1]
     for cell, metric in zip(re.findall("<td>(.*?)</td>", rows[2]), ("ndcg@10", "recall@10")):
         d = paired_difference(systems[3], systems[2], metric)
         assert [format_number(d[k], "+") for k in ("difference", "low", "high")] == re.findall("[+\u2212]\\d\\.\\d{3}", cell)
-    assert twins_html(full, systems[:2] + systems[3:]) == twins_html(run, system_summaries(run)) == ""
-    assert "Equal in all" in result_sections(full, systems)["Pre-training"]
-    assert "Equal in all" not in result_sections(full, systems[:2] + systems[3:])["Pre-training"]
+    alone = systems[:2] + systems[3:]
+    assert pretraining_section(full, alone)["twins"] == [] and pretraining_section(run, system_summaries(run)) is None
+    assert "Equal in all" in page and "Equal in all" not in section_html(pretraining_section, full, systems=alone)
     plt.close("all")
 
 def test_curves_of_pretraining(full, tmp_path):
@@ -325,7 +350,8 @@ def test_terms_of_other_systems_keep_their_names(full):
 def test_a_pretraining_without_an_epoch_is_none(full):
     result = dataclasses.replace(full.results[-1], pretraining=History())
     run = dataclasses.replace(full, results=[*full.results[:-1], result])
-    assert not system_summaries(run)[-1].is_pretrained and "Pre-training" not in result_sections(run, system_summaries(run))
+    systems = system_summaries(run)
+    assert not systems[-1].is_pretrained and pretraining_section(run, systems) is None
     plt.close("all")
 
 
@@ -339,16 +365,16 @@ def with_missrec(run, folder, **sizes):
 
 def test_interests_are_shown_where_missrec_found_some(run, tmp_path):
     shown = with_missrec(run, tmp_path / "model", text_size=6, image_size=4)
-    text = interests_html(shown)
+    text = render_part("interests_section", interests_section(shown))
     model = MISSRec.from_pretrained(str(tmp_path / "model"))
     there = int((~run.data.catalogue.missing_text_mask[1:]).sum() + (~run.data.catalogue.missing_image_mask[1:]).sum())
     assert f"of the {len(model.interest_emb) - 1:,} interests that MISSRec found for {there:,} texts" in text and "<img" in text
-    assert "Interests" in data_sections(shown, system_summaries(shown), n_examples=1)
-    assert interests_html(run) == "" and "Interests" not in data_sections(run, system_summaries(run), n_examples=1)
+    assert report_sections(shown, system_summaries(shown), n_examples=1)["Interests"][1] is not None
+    assert interests_section(run) is None
     plt.close("all")
 
 def test_interests_of_one_modality_are_not_shown(tmp_path):
-    assert interests_html(with_missrec(make_run(tmp_path, features="text"), tmp_path / "model", text_size=6)) == ""
+    assert interests_section(with_missrec(make_run(tmp_path, features="text"), tmp_path / "model", text_size=6)) is None
 
 def test_first_pictures_can_be_read(run, tmp_path):
     (broken := tmp_path / "broken.png").write_bytes(b"nothing")
@@ -363,10 +389,11 @@ def test_a_card_shows_the_words_in_order_and_marks_those_of_the_own_text(full):
     row = next(row for row in range(2, 40) if row % 3)
     own = set(" ".join(full.data.items.texts[row]).lower().replace(".", "").split())
     words = full.data.keywords.of(row)
-    cells = re.findall("<li>(.*?)</li>", keyword_card(full, row))
+    cards = {r: render_part("keyword_card", keyword_card(full, r)) for r in range(2, 40) if r % 3}
+    cells = re.findall("<li>(.*?)</li>", cards[row])
     is_own = [set(word.split()) <= own for word in words]
     assert cells == [f"<b>{word}</b>" if marked else escape(word) for word, marked in zip(words, is_own)]
-    every = [re.findall("<b>(.*?)</b>", keyword_card(full, r)) for r in range(2, 40) if r % 3]
+    every = [re.findall("<b>(.*?)</b>", card) for card in cards.values()]
     assert {word for words in every for word in words} == {"red", "blue", "thing", "a thing"}
     assert not any({"red", "blue"} <= set(words) for words in every)
 
@@ -378,7 +405,9 @@ def test_pictured_items_are_spread_over_popularity(full):
     assert rows[0] == known[0] and rows == sorted(rows, key=lambda row: (-counts[row], row))
     assert all(abs(known.index(row) - place * len(known) / 5) < size for place, row in enumerate(rows))
     assert len(choose_pictured(full, 1000)) == len(known)
-    assert keywords_html(full, 5).count("<article") == 5 and escape(keywords_sentence(full)) in keywords_html(full, 5)
+    page = render_part("keywords_section", keywords_section(full, 5))
+    said = text_of(render_part("keywords_sentence", keyword_settings(full)))
+    assert page.count("<article") == 5 and said in text_of(page)
 
 def test_pictures_that_cannot_be_read_are_not_chosen(full, tmp_path):
     best = choose_pictured(full, 1)[0]
@@ -389,7 +418,8 @@ def test_pictures_that_cannot_be_read_are_not_chosen(full, tmp_path):
     images = [[broken] if row == best else files for row, files in enumerate(full.data.items.images)]
     assert choose_pictured(having(images), 1)[0] != best
     nothing = having([[broken] * bool(files) for files in full.data.items.images])
-    assert choose_pictured(nothing) == [] and "<article" not in keywords_html(nothing)
+    assert choose_pictured(nothing) == [] and keywords_section(nothing)["examples"] == []
+    assert "<article" not in render_part("keywords_section", keywords_section(nothing))
 
 
 # Parts
@@ -418,13 +448,30 @@ def test_a_picture_survives_as_text(tmp_path):
 
 def test_figures_are_closed_and_described():
     figure, ax = plt.subplots()
-    text = figure_html(ax, 'Left "good" & <right>')
-    assert 'alt="Left &quot;good&quot; &amp; &lt;right&gt;"' in text and not plt.fignum_exists(figure.number)
+    text = render_part("figure", embed_figure(ax), 'Left "good" & <right>')
+    assert 'alt="Left &#34;good&#34; &amp; &lt;right&gt;"' in text and not plt.fignum_exists(figure.number)
 
 def test_numbers_and_times_are_written_for_people():
     assert format_number(-.0214, "+") == "\u22120.021" and format_number(.5, "+") == "+0.500"
     assert [format_seconds(s) for s in (.04, 9.94, 10, 59.4, 3601)] == ["0.0 s", "9.9 s", "10 s", "59 s", "60 min 1 s"]
-    assert escape("<&>\"'") == "&lt;&amp;&gt;&quot;&#x27;"
+
+
+# The template
+
+def test_every_value_is_escaped_where_it_is_shown():
+    card = render_part("card", {"title": "<&>\"'", "src": None, "framed": False})
+    assert card.count("&lt;&amp;&gt;&#34;&#39;") == 2 and text_of(card) == "<&>\"'"
+
+def test_what_the_data_lack_is_an_error():
+    with pytest.raises(UndefinedError, match="framed"): render_part("card", {"title": "", "src": None})
+    with pytest.raises(AttributeError, match="no_such_macro"): render_part("no_such_macro", {})
+
+def test_the_data_of_sections_are_plain(full):
+    sections = report_sections(full, system_summaries(full), n_examples=1)
+    assert json.loads(json.dumps(sections)).keys() == sections.keys()
+    assert {name: render_part(macro, data) for name, (macro, data) in json.loads(json.dumps(sections)).items() if data} == {
+        name: render_part(macro, data) for name, (macro, data) in sections.items() if data}
+    plt.close("all")
 
 
 # In a browser

@@ -1,4 +1,4 @@
-"""Lay vectors out on a page, with the pictures they stand for, and know what such a map can and cannot say.
+"""Lay vectors out on a page, with the images they stand for, and know what such a map can and cannot say.
 
 Docs: https://mmseqrec.github.io/mmseqrec/viz.embeddings.html.md"""
 
@@ -16,13 +16,12 @@ import numpy as np
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image
 
-from ..data.items import open_image
-from ..figures import COLORS
+from ..figures import COLORS, _axes
 
 # %% ../../nbs/44_viz.embeddings.ipynb #pca
 def pca_2d(
     x: np.ndarray,  # `[N, D]`, N at least 2
-) -> tuple[np.ndarray, np.ndarray]:  # `[N, 2]` coordinates, and `[2]` share of the variance of each axis, 0 to 1
+) -> tuple[np.ndarray, np.ndarray]:  # `[N, 2]` points; `[2]` share of variance of each axis, 0 to 1
     "Project onto the two directions of largest variance."
     centred = np.asarray(x, np.float64) - np.mean(x, axis=0, dtype=np.float64)
     variances, directions = np.linalg.eigh(centred.T @ centred)
@@ -39,8 +38,8 @@ def umap_2d(
 ) -> np.ndarray:  # `[N, 2]`
     "Project so that nearest neighbours (by cosine) stay near."
     from umap import UMAP  # takes seconds to import: only who asks for it waits
-    reducer = UMAP(n_neighbors=min(n_neighbors, len(x) - 1), min_dist=min_dist, metric="cosine", random_state=seed,
-                   n_jobs=1)
+    n_neighbors = min(n_neighbors, len(x) - 1)
+    reducer = UMAP(n_neighbors, min_dist=min_dist, metric="cosine", random_state=seed, n_jobs=1)
     return reducer.fit_transform(np.asarray(x, np.float32))
 
 # %% ../../nbs/44_viz.embeddings.ipynb #plot-map
@@ -53,52 +52,53 @@ def plot_map(
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw points, coloured by group."
-    if ax is None: ax = plt.subplots(figsize=(6.8, 4.2))[1]
-    names = np.array(["items"] * len(points) if groups is None else [str(g) for g in groups])
+    ax = _axes(ax, title, *axis_names, figsize=(6.8, 4.2))
+    ax.set(xticks=[], yticks=[])
+    names = np.array(["items"] * len(points) if groups is None else list(map(str, groups)))
     values, counts = np.unique(names, return_counts=True)
     shown = values[np.argsort(-counts, kind="stable")][:n_colors]
-    palette = [COLORS["text"]] if groups is None else [plt.get_cmap("tab10")(n % 10) for n in range(len(shown))]
     other = ~np.isin(names, shown)
-    if other.any(): ax.scatter(*points[other].T, s=12, color=COLORS["neutral"], label="other", linewidths=0)
-    for name, color in zip(shown, palette):
+    grey = {"color": COLORS["neutral"], "label": "other", "linewidths": 0}
+    if other.any(): ax.scatter(*points[other].T, s=12, **grey)
+    for number, name in enumerate(shown):
+        color = COLORS["text"] if groups is None else plt.get_cmap("tab10")(number % 10)
         ax.scatter(*points[names == name].T, s=14, color=color, label=name, linewidths=0, alpha=.85)
-    ax.set(title=title, xlabel=axis_names[0], ylabel=axis_names[1], xticks=[], yticks=[])
     if groups is not None: ax.legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=1.6)
     return ax
 
 # %% ../../nbs/44_viz.embeddings.ipynb #spread-out
 def spread_out(
     points: np.ndarray,  # `[N, 2]`
-    distance: float = 0.06,  # share of the map's width that two kept points lie apart at least
+    distance: float = 0.06,  # least distance of two kept points, as a share of the map's width
     limit: int = 150,  # keep at most so many
 ) -> np.ndarray:  # indices of the kept points, in order
     "Choose points that do not overlap, greedily in order."
     span = np.ptp(points, axis=0)
     scaled, kept = (points - points.min(0)) / np.where(span > 0, span, 1), []
-    for index, point in enumerate(scaled):  # at most `limit` kept, each compared at once with all the others
+    for index, point in enumerate(scaled):
         if not kept or np.abs(scaled[kept] - point).max(1).min() >= distance: kept.append(index)
         if len(kept) == limit: break
     return np.array(kept, int)
 
+# %% ../../nbs/44_viz.embeddings.ipynb #picture-map
 def plot_picture_map(
     points: np.ndarray,  # `[N, 2]`
-    images: Sequence,  # N PIL pictures, arrays or file names; `None` draws a dot
-    distance: float = 0.06,  # share of the map's width between two pictures
-    pixels: int = 28,  # width of a picture on the page
+    images: Sequence,  # N PIL images, arrays or file names; `None` draws a dot
+    distance: float = 0.06,  # share of the map's width between two images
+    pixels: int = 28,  # width of an image on the page
     title: str = "",
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
-    "Draw pictures at their points, leaving out those that would overlap."
+    "Draw images at their points, leaving out those that would overlap."
     if ax is None: ax = plt.subplots(figsize=(7.2, 5))[1]
     ax.scatter(*points.T, s=5, color=COLORS["neutral"], linewidths=0)
+    frame = {"edgecolor": COLORS["neutral"], "linewidth": .5}
     for index in spread_out(points, distance):
         if (image := images[index]) is None: continue
-        if isinstance(image, (str, Path)): image = open_image(image)
+        if isinstance(image, (str, Path)): image = Image.open(image)
         elif not isinstance(image, Image.Image): image = Image.fromarray(np.asarray(image))
-        thumbnail = image.convert("RGB").resize((2 * pixels, 2 * pixels))
-        box = AnnotationBbox(OffsetImage(np.asarray(thumbnail), zoom=.5), points[index], frameon=True, pad=.05,
-                             bboxprops={"edgecolor": COLORS["neutral"], "linewidth": .5})
-        ax.add_artist(box)
+        small = OffsetImage(image.convert("RGB").resize((2 * pixels, 2 * pixels)), zoom=.5)
+        ax.add_artist(AnnotationBbox(small, points[index], pad=.05, bboxprops=frame))
     ax.set(title=title, xticks=[], yticks=[])
     ax.margins(.06)
     return ax
@@ -107,16 +107,15 @@ def plot_picture_map(
 def modality_gap(
     text_emb: np.ndarray,  # `[N, D]`
     image_emb: np.ndarray,  # `[N, D]`, the same space
-) -> dict[str, float]:  # `"gap"` 0 to 2, and mean cosines of `"matching"` and `"other"` pairs, of texts, of pictures
-    "Measure how far texts and pictures lie apart, after scaling all vectors to length one."
+) -> dict[str, float]:  # `"gap"` 0 to 2; mean cosines `"matching"`, `"other"`, `"text"`, `"image"`
+    "Measure how far texts and images lie apart, after scaling all vectors to length one."
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
     t, i = unit(np.asarray(text_emb, float)), unit(np.asarray(image_emb, float))
-    N = len(t)
-    total = lambda a, b: float(a.sum(0) @ b.sum(0))
-    matching = float((t * i).sum())
-    return {"gap": float(np.linalg.norm(t.mean(0) - i.mean(0))), "matching": matching / N,
-            "other": (total(t, i) - matching) / (N * (N - 1)), "text": (total(t, t) - N) / (N * (N - 1)),
-            "image": (total(i, i) - N) / (N * (N - 1))}
+    n, matching = len(t), float((t * i).sum())
+    def mean_cosine(a, b, same): return (float(a.sum(0) @ b.sum(0)) - same) / (n * (n - 1))
+    return {"gap": float(np.linalg.norm(t.mean(0) - i.mean(0))), "matching": matching / n,
+            "other": mean_cosine(t, i, matching), "text": mean_cosine(t, t, n),
+            "image": mean_cosine(i, i, n)}
 
 # %% ../../nbs/44_viz.embeddings.ipynb #plot-gap
 def plot_modality_gap(
@@ -126,16 +125,15 @@ def plot_modality_gap(
     title: str = "",
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
-    "Draw texts and pictures of the same items in one PCA map."
-    if ax is None: ax = plt.subplots(figsize=(6.4, 3.6))[1]
+    "Draw texts and images of the same items in one PCA map."
     both = np.concatenate([text_emb, image_emb]).astype(float)
     points, share = pca_2d(both / np.linalg.norm(both, axis=1, keepdims=True).clip(1e-12))
-    t, i = points[:len(text_emb)], points[len(text_emb):]
-    pairs = np.stack([t, i])[:, :n_lines]
-    ax.plot(pairs[..., 0], pairs[..., 1], color=COLORS["neutral"], linewidth=.5, zorder=0)
-    ax.scatter(*t.T, s=14, color=COLORS["text"], label="texts", linewidths=0)
-    ax.scatter(*i.T, s=14, color=COLORS["image"], label="pictures", linewidths=0)
-    ax.set(title=title, xlabel=f"axis 1 ({share[0]:.0%} of the variance)", ylabel=f"axis 2 ({share[1]:.0%})",
-           xticks=[], yticks=[])
+    names = [f"axis 1 ({share[0]:.0%} of the variance)", f"axis 2 ({share[1]:.0%})"]
+    ax = _axes(ax, title, *names, figsize=(6.4, 3.6))
+    pairs = points.reshape(2, -1, 2)
+    ax.plot(*pairs[:, :n_lines].transpose(2, 0, 1), color=COLORS["neutral"], linewidth=.5, zorder=0)
+    for part, color, label in zip(pairs, ("text", "image"), ("texts", "pictures")):
+        ax.scatter(*part.T, s=14, color=COLORS[color], label=label, linewidths=0)
+    ax.set(xticks=[], yticks=[])
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
