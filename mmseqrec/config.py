@@ -86,11 +86,11 @@ def _count(text):
 def option_of(
     setting: Field,  # of `RunConfig`
 ) -> tuple[str, dict]:  # such as `"--n-users"`, and the keyword arguments of `add_argument`
-    "Turn a field into an option; an option that is not given sets nothing."
+    "Turn a field into an option; an option that was not typed is `None`."
     flag, words = f"--{setting.name.replace('_', '-')}", dict(setting.metadata)
     kind, low = type(setting.default), words.pop("low", None)
     shown = words.pop("shown", setting.default)
-    if kind is bool: return flag, {"action": "store_true", **words}
+    if kind is bool: return flag, {"action": "store_true", "default": None, **words}
     if kind in (int, float):
         reader = kind if low is None else at_least(kind, low)
         words |= {"type": reader, "metavar": "N" if kind is int else "X"}
