@@ -75,6 +75,7 @@ def feature_sizes(
     size = lambda emb: None if emb is None else emb.shape[-1]
     return {"text_size": size(catalogue.text_emb), "image_size": size(catalogue.image_emb)}
 
+# %% ../../nbs/60_experiments.run.ipynb #sized
 def sized(
     kind: type[Recommender],  # class of the system
     **options,  # other arguments of the constructor
@@ -198,6 +199,7 @@ class _Shop:
     encoders: ResolvedEncoders | None  # `None` where features were given
     notes: list[str]
 
+# %% ../../nbs/60_experiments.run.ipynb #read-tables
 def _read_tables(config, folder, lap, progress):
     "Read tables, take the k-core, split leave-one-out, and encode texts and images."
     source, notes, *paths = from_main(lambda: _raw_tables(config, folder, progress))
@@ -229,6 +231,7 @@ def _features(config, table, items_path, folder, progress):
                                 word_drop=config.word_drop * drops_words, progress=progress)
     return catalogue, encoders, encoders.note
 
+# %% ../../nbs/60_experiments.run.ipynb #given-features
 def _given_features(config, table, items_path):
     "Read features from files; raise `ValueError` if they are not of this table of items."
     listed = read_items(items_path, None, config.item_column).item_tokens
@@ -294,6 +297,7 @@ def _lacking(need, catalogue, encoders):
     if encoders.image.pooling != "clip": return "a picture encoder that knows words, such as a CLIP"
     return ""
 
+# %% ../../nbs/60_experiments.run.ipynb #permitted-systems
 def _permitted_systems(config, shop, left_out):
     "Return the systems to run; append a sentence to `left_out` for each that is not among them."
     names = []
@@ -376,6 +380,7 @@ def save_result(
         save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path)
     write_json(folder / "result.json", values)
 
+# %% ../../nbs/60_experiments.run.ipynb #load-result
 def load_result(
     folder: str | Path,  # where `save_result` wrote
     mark: str,  # fingerprint of everything the result depends on
@@ -471,6 +476,7 @@ class Run:
     seconds: dict[str, float]  # stage -> seconds
     provenance: dict
 
+# %% ../../nbs/60_experiments.run.ipynb #run-all
 def run_all(
     config: RunConfig,
     folder: str | Path,  # everything that the run makes
@@ -508,6 +514,7 @@ def result_table(
         rows.append(row)
     return rows
 
+# %% ../../nbs/60_experiments.run.ipynb #summary-of-seeds
 def _summary(results, metric):
     "Summarise a metric of the seeds of one system."
     means = [user_means(r.evaluation.values(metric), r.evaluation.user) for r in results]
