@@ -50,6 +50,7 @@ ALL = ("popularity", "markov", "sasrec", "gru4rec", "bert4rec", "content_sasrec"
        "mp4sr_scratch", "mp4sr", "unisrec", "mmsrec", "missrec")  # without variants and ablations
 STANDARD = ("popularity", "markov", "sasrec", "content_sasrec", "mp4sr_scratch", "mp4sr", "missrec")
 
+# %% ../nbs/46_config.ipynb #choose-systems
 def choose_systems(
     asked: str | Sequence[str],  # names, also several with commas between them; `all` means `ALL`
 ) -> tuple[str, ...]:  # keys of `SYSTEM_TITLES`, if all names exist
@@ -78,6 +79,7 @@ def at_least(
         return value
     return read
 
+# %% ../nbs/46_config.ipynb #count
 def _count(text):
     "Read a number of seeds: `3` means the seeds 0, 1 and 2."
     return tuple(range(at_least(int, 1)(text)))
@@ -184,6 +186,7 @@ class _Training:
 # %% ../nbs/46_config.ipynb #config
 SETTING_GROUPS = (_Data, _Marketplace, _Features, _Systems, _Training)  # in the order of the help
 
+# %% ../nbs/46_config.ipynb #run-config
 @dataclass(frozen=True)
 class RunConfig(_Training, _Systems, _Features, _Marketplace, _Data):
     "Everything that a run depends on; raises `ValueError` for settings that cannot be."

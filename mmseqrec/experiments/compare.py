@@ -1,4 +1,4 @@
-"""One table: every system, pre-trained and not, with item vectors and without, three seeds, paired; what is better and what is not.
+"""One table: every system, pre-trained and not, with ID embeddings and without, three seeds, paired; what is better and what is not.
 
 Docs: https://mmseqrec.github.io/mmseqrec/experiments.compare.html.md"""
 
@@ -87,7 +87,7 @@ def paired_over_seeds(
     first: str,  # key of `SYSTEMS`
     second: str,  # key of `SYSTEMS`
     metric: str = "ndcg@10",  # one of `KEPT_METRICS`
-) -> dict:  # `difference` (first - second), `low`, `high` (95 %), `wins` of `n`, `differences` `[n]`
+) -> dict:  # `difference` (first - second), `low`, `high` (95 %), `wins` of `n`, `differences`
     "Compare two systems seed by seed; raises `ValueError` with fewer than two seeds in common."
     from scipy.stats import t
     values = {(run["system"], run["seed"]): run[metric] for run in runs}

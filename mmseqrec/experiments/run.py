@@ -105,6 +105,8 @@ _IDS = dict(transductive=True, projections=False)  # fine-tuned with ID embeddin
 _CONTENT = dict(transductive=False, projections=False)  # fine-tuned by content only
 _FIXED = dict(trained_pooling=False)  # as in the released code, like the next
 _UNMASKED = dict(masked_pooling=False)
+
+# %% ../../nbs/60_experiments.run.ipynb #mp4sr-list
 _MP4SR = tuple(
     System(name, sized(MP4SR, **tuned), None if pretrained is None else sized(MP4SR, **pretrained),
            color=COLORS[color], needs="keywords")
@@ -126,12 +128,14 @@ _MMSREC = dict(color="#1f8a9e", needs="both", stays=("encoder.position_emb.",),
 _MISSREC = dict(color=COLORS["image"], needs="content", drops_words=True,
                 stays=("item_emb.", "interest_"))
 
+# %% ../../nbs/60_experiments.run.ipynb #modes
 def _modes(kind, facts, **modes):
     "Describe a system in several modes of fine-tuning; `..._scratch` is not pre-trained."
     for name, options in modes.items():
         pretrain = None if name.endswith("_scratch") else sized(kind)
         yield System(name, sized(kind, **options), pretrain, **facts)
 
+# %% ../../nbs/60_experiments.run.ipynb #family-list
 _FAMILIES = (
     *_modes(UniSRec, _UNISREC, unisrec={}, unisrec_scratch={}, unisrec_ids=dict(transductive=True),
             unisrec_ids_scratch=dict(transductive=True), unisrec_frozen=dict(frozen_trunk=True)),
@@ -448,6 +452,7 @@ def run_system(
 _MATTER = (*_SIZES, "epochs", "batch_size", "lr", "patience", "metric", "exclude_seen", "precision")
 _MATTER_BEFORE = ("pretrain_epochs", "pretrain_batch_size")  # settings of pre-training
 
+# %% ../../nbs/60_experiments.run.ipynb #fingerprint-of-result
 def result_fingerprint(
     name: str,  # key of `SYSTEMS`
     seed: int,
