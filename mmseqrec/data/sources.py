@@ -108,6 +108,7 @@ def _refuse(table, bad, problem, column=None):
     shown = problem.replace("{}", repr(value) if value else "that is missing")
     raise ValueError(f"{table.locate(row)}: {shown} (rows like this: {bad.sum():,})")
 
+# %% ../../nbs/13_data.sources.ipynb #existing
 def _existing(path):
     "Turn a name into a `Path`; raise a `FileNotFoundError` if nothing is there."
     if Path(path).exists(): return Path(path)
@@ -128,7 +129,7 @@ def _event_table(table, source):
         if n := rating.null_count(): notes.append(f"events without a rating, which stay: {n:,}")
     if "timestamp" in frame.columns:
         times = parse_times(frame["timestamp"])
-        problem = f"the time {{}} is no number and no ISO date ({source}); correct or remove the row"
+        problem = f"the time {{}} is no number and no ISO date ({source}); correct the row"
         _refuse(table, times.is_null(), problem, "timestamp")
     else:
         times = pl.int_range(frame.height, eager=True)
@@ -178,80 +179,69 @@ _CITATIONS = {
             "2403.03952, 2024)",
 }
 
-# %% ../../nbs/13_data.sources.ipynb #source-makers
+# %% ../../nbs/13_data.sources.ipynb #movielens-table
+_GROUPLENS = ("https://files.grouplens.org/datasets/movielens/",)
 _MOVIELENS_TERMS = ("GroupLens: for research, with acknowledgement; no commercial use without "
                     "permission; pass copies on only as the README in the archive allows. Cite "
                     "F. M. Harper, J. A. Konstan: The MovieLens datasets: history and context "
                     "(TiiS 2015).")
-
-def _movielens_source(name, md5):
-    "Describe a release of MovieLens."
-    title = f"MovieLens {name.upper() if name[0].isdigit() else name}"
-    return Source(title, "ratings, titles with years, genres; no pictures, no abstracts",
-                  ("https://files.grouplens.org/datasets/movielens/",), (f"ml-{name}.zip",),
-                  _MOVIELENS_TERMS, md5=md5)
-
-def _amazon_source(release, hosts, files, contents):
-    "Describe a release of Amazon Reviews."
-    terms = ("No licence is stated; texts and pictures belong to Amazon and its sellers: for "
-             f"research, not to be passed on. Cite {_CITATIONS[release]}.")
-    categories = tuple(_CATEGORIES[release].split())
-    return Source(f"Amazon Reviews {release}", contents, hosts, files, terms, categories)
+_MD5 = {"1M": "c4d9eecfca2ab87c1945afe126590906", "10M": "ce571fd55effeba0271552578f2648bd",
+        "20M": "cd245b17a1ae2cc31bb14903e1204af3", "25M": "6b51fb2759a8657d3bfcbfc42b592ada",
+        "32M": "d472be332d4daa821edc399621853b57", "latest-small": "file"}
+_MOVIELENS = {f"movielens-{release.lower()}": Source(
+    f"MovieLens {release}", "ratings, titles with years, genres; no pictures, no abstracts",
+    _GROUPLENS, (f"ml-{release.lower()}.zip",), _MOVIELENS_TERMS, md5=md5)
+    for release, md5 in _MD5.items()}
 
 # %% ../../nbs/13_data.sources.ipynb #sources
 _UCSD = ("https://mcauleylab.ucsd.edu/public_datasets/data/",
          "https://datarepo.eng.ucsd.edu/mcauley_group/data/")
 _SNAP = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
-_IN_2014 = "title, description, categories, brand, one link to a small picture"
-_IN_2018 = "title, description, features, categories, brand, links to pictures of full size"
 _IN_2023 = ("title, description, features, categories, brand (the store), links to pictures in "
             "three sizes; times in ms")
-_META_2023 = "raw/meta_categories/meta_{}.jsonl.gz"
+_AMAZON = {  # name -> hosts, file of ratings, file of metadata, contents
+    "2014": ((_UCSD[0] + "amazon/categoryFiles/", _SNAP), "ratings_{}.csv", "meta_{}.json.gz",
+             "title, description, categories, brand, one link to a small picture"),
+    "2018": (tuple(host + "amazon_v2/" for host in _UCSD), "categoryFilesSmall/{}.csv",
+             "metaFiles2/meta_{}.json.gz",
+             "title, description, features, categories, brand, links to pictures of full size"),
+    **{name: (tuple(host + "amazon_2023/" for host in _UCSD),
+              f"benchmark/{core}/rating_only/{{}}.csv.gz",
+              "raw/meta_categories/meta_{}.jsonl.gz", _IN_2023 + end)
+       for name, core, end in (("2023", "5core", "; 5-core"), ("2023-0core", "0core", ""))}}
 
-SOURCES = {
-    "amazon-2014": _amazon_source("2014", (_UCSD[0] + "amazon/categoryFiles/", _SNAP),
-                                  ("ratings_{}.csv", "meta_{}.json.gz"), _IN_2014),
-    "amazon-2018": _amazon_source(
-        "2018", tuple(host + "amazon_v2/" for host in _UCSD),
-        ("categoryFilesSmall/{}.csv", "metaFiles2/meta_{}.json.gz"), _IN_2018),
-    "amazon-2023": _amazon_source(
-        "2023", tuple(host + "amazon_2023/" for host in _UCSD),
-        ("benchmark/5core/rating_only/{}.csv.gz", _META_2023), _IN_2023 + "; 5-core"),
-    "amazon-2023-0core": _amazon_source(
-        "2023", tuple(host + "amazon_2023/" for host in _UCSD),
-        ("benchmark/0core/rating_only/{}.csv.gz", _META_2023), _IN_2023),
-    "movielens-1m": _movielens_source("1m", "c4d9eecfca2ab87c1945afe126590906"),
-    "movielens-10m": _movielens_source("10m", "ce571fd55effeba0271552578f2648bd"),
-    "movielens-20m": _movielens_source("20m", "cd245b17a1ae2cc31bb14903e1204af3"),
-    "movielens-25m": _movielens_source("25m", "6b51fb2759a8657d3bfcbfc42b592ada"),
-    "movielens-32m": _movielens_source("32m", "d472be332d4daa821edc399621853b57"),
-    "movielens-latest-small": _movielens_source("latest-small", "file"),
-}
+SOURCES = {f"amazon-{name}": Source(
+    f"Amazon Reviews {name[:4]}", contents, hosts, (ratings, metadata),
+    "No licence is stated; texts and pictures belong to Amazon and its sellers: for research, not "
+    f"to be passed on. Cite {_CITATIONS[name[:4]]}.", tuple(_CATEGORIES[name[:4]].split()))
+    for name, (hosts, ratings, metadata, contents) in _AMAZON.items()} | _MOVIELENS
 
-# %% ../../nbs/13_data.sources.ipynb #source-files
+# %% ../../nbs/13_data.sources.ipynb #choose
+def _choose(problem, word, words, remedy):
+    "Raise a `ValueError` that names the nearest words, unless the word is one of them."
+    if word in words: return
+    near = " or ".join(difflib.get_close_matches(word, words, 3, 0) if word else list(words)[:3])
+    raise ValueError(f"{problem} {word!r}; did you mean {near}? {remedy} {', '.join(words)}")
+
+# %% ../../nbs/13_data.sources.ipynb #find-source
 def _find_source(name):
     "Return the `Source` and the category (or `None`) of a name."
     key, _, category = name.partition(":")
-    def no(kind, word, words, remedy):
-        near = difflib.get_close_matches(word, words, 3, 0) if word else list(words)[:3]
-        return ValueError(f"{kind} {word!r}; did you mean {' or '.join(near)}? {remedy} "
-                          f"{', '.join(words)}")
-    if key not in SOURCES: raise no("no source", key, SOURCES, "There are")
-    source = SOURCES[key]
-    if not source.categories and category:
-        raise ValueError(f"{source.title} has no categories: write {key!r}")
-    if source.categories and category not in source.categories:
-        raise no(f"{source.title} has no category", category, source.categories,
-                 f"Write {key}:<category> with one of")
-    return source, category or None
+    _choose("no source", key, SOURCES, "There are")
+    title, categories = SOURCES[key].title, SOURCES[key].categories
+    if category and not categories: raise ValueError(f"{title} has no categories: write {key!r}")
+    remedy = f"Write {key}:<category> with one of"
+    if categories: _choose(f"{title} has no category", category, categories, remedy)
+    return SOURCES[key], category or None
 
+# %% ../../nbs/13_data.sources.ipynb #source-files
 def source_files(
     name: str,  # such as `"amazon-2018:Prime_Pantry"` or `"movielens-1m"`
 ) -> dict[str, tuple[str, ...]]:  # name of each file -> its addresses
     "List the files of a source; a `ValueError` names the sources and categories that exist."
     source, category = _find_source(name)
     paths = [path.format(category) for path in source.files]
-    return {path.rpartition("/")[2]: tuple(host + path for host in source.hosts) for path in paths}
+    return {Path(path).name: tuple(host + path for host in source.hosts) for path in paths}
 
 # %% ../../nbs/13_data.sources.ipynb #plain-table
 def _plain_table(content, name, separator, header):
@@ -270,10 +260,9 @@ def _plain_table(content, name, separator, header):
 def _named_columns(content, name, columns, source):
     "Read some columns of a CSV file with a header as a `Table` of text; their name -> ours."
     table = _read_delimited(content, ",", None, name)
-    for column in columns:
-        if column in table.frame.columns: continue
-        raise ValueError(f"{name}, line 1: no column {column!r}; there are "
-                         f"{', '.join(map(repr, table.frame.columns))}. Is this {source}?")
+    missing, there = [old for old in columns if old not in table.frame], table.frame.columns
+    if missing: raise ValueError(f"{name}, line 1: no column {missing[0]!r}; there are "
+                                 f"{', '.join(map(repr, there))}. Is this {source}?")
     frame = table.frame.select(pl.col(old).alias(new) for old, new in columns.items())
     return replace(table, frame=frame)
 
@@ -290,9 +279,11 @@ def _read_ratings(path, release):
     source, order = f"Amazon Reviews {release}", ",".join(_ORDERS[release])
     has_header, wanted = not re.search(r"(^|,)\s*-?[\d.]+$", first), release == "2023"
     if has_header != wanted:
+        order += f", with{'' if wanted else 'out'} a header"
         raise ValueError(f"{name}, line 1: {first!r} does not begin a ratings file of {source} "
-                         f"({order}, with{'' if wanted else 'out'} a header): name the right release")
-    if wanted: return _named_columns(content, name, dict(zip(_ORDERS[release], _EVENT_COLUMNS)), source)
+                         f"({order}): name the right release")
+    names = dict(zip(_ORDERS[release], _EVENT_COLUMNS))
+    if wanted: return _named_columns(content, name, names, source)
     table = _plain_table(content, name, ",", header=False)
     if table.frame.width != 4:
         raise ValueError(f"{name}, line 1: {table.frame.width} fields; {source} has 4 ({order})")
@@ -309,8 +300,9 @@ def _check_order(frame, name, release):
     if not user > .5 > item: return
     other = {"2014": "2018", "2018": "2014"}.get(release)
     meaning = f"the file is of Amazon Reviews {other}" if other else "two columns are exchanged"
-    raise ValueError(f"{name}: read as Amazon Reviews {release}, products stand in the place of "
-                     f"users, such as {frame['user_id'][0]!r}; {meaning}")
+    order, example = ", ".join(_ORDERS[release][:2]), frame["user_id"][0]
+    raise ValueError(f"{name}: read as Amazon Reviews {release} ({order}), products stand in the "
+                     f"place of users, such as {example!r}; {meaning}")
 
 # %% ../../nbs/13_data.sources.ipynb #in-seconds
 def _in_seconds(frame, name, release):
@@ -373,8 +365,9 @@ _FIELDS = {  # release -> our column -> the record's keys, the first that holds 
              "features": ["features"], "categories": ["categories"], "brand": ["store"],
              "image_urls": ["images"]},
 }
-_MARKS = {"2014": {"imUrl", "salesRank"}, "2023": {"parent_asin", "main_category", "bought_together"},
-          "2018": {"also_buy", "also_view", "main_cat", "tech1", "imageURL", "imageURLHighRes"}}
+_MARKS = {"2014": {"imUrl", "salesRank"},
+          "2018": {"also_buy", "also_view", "main_cat", "tech1", "imageURL", "imageURLHighRes"},
+          "2023": {"parent_asin", "main_category", "bought_together"}}
 _ITEM_SCHEMA = {"item_id": pl.String, "title": pl.String, "description": pl.List(pl.String),
                 "features": pl.List(pl.String), "categories": pl.String, "brand": pl.String,
                 "image_urls": pl.List(pl.String)}
@@ -385,6 +378,7 @@ def _strings(value):
     if isinstance(value, (list, tuple)): return [text for each in value for text in _strings(each)]
     return [value] if isinstance(value, str) and value.strip() else []
 
+# %% ../../nbs/13_data.sources.ipynb #links
 def _links(value):
     "Return the address of each image, from strings or from dictionaries of sizes."
     sizes = lambda each: filter(None, map(each.get, ("large", "hi_res", "thumb")))
@@ -431,14 +425,13 @@ def _check_release(line, place, release):
     except ValueError as error:
         try: record = _parse_record(line, not literal, place)
         except ValueError: raise error from None
-    n_marks = {key: len(marks & record.keys()) for key, marks in _MARKS.items()}
-    likely, (key,) = max(n_marks, key=n_marks.get), _FIELDS[release]["item_id"]
-    if n_marks[release] == 0 < n_marks[likely]:
-        raise ValueError(f"{place}: metadata of Amazon Reviews {likely}, not {release}; name the "
-                         "right release")
-    if key not in record:
-        raise ValueError(f"{place}: no field {key!r}, so these are not metadata of Amazon Reviews "
-                         f"{release}; there are {', '.join(map(repr, record))}")
+    likely = [key for key, marks in _MARKS.items() if marks & record.keys()]
+    if likely and release not in likely: raise ValueError(
+        f"{place}: metadata of Amazon Reviews {likely[0]}, not {release}; name the right release")
+    key, = _FIELDS[release]["item_id"]
+    if key not in record: raise ValueError(
+        f"{place}: no field {key!r}, so these are not metadata of Amazon Reviews {release}; there "
+        f"are {', '.join(map(repr, record))}")
 
 # %% ../../nbs/13_data.sources.ipynb #read-metadata
 _ID_PATTERNS = {"2014": rb"'asin':\s*'([^'\\]*)'", "2018": rb'"asin":\s*"([^"\\]*)"',
@@ -463,14 +456,14 @@ def _read_metadata(path, release, wanted, max_field_chars, progress):
     return items, [f"{what}: {n:,}" for what, n in counts.items()], example
 
 # %% ../../nbs/13_data.sources.ipynb #check-described
-def _check_described(items, example, rated, source, metadata, ratings):
+def _check_described(items, example, rated, source, files):
     "Raise a `ValueError` if hardly any rated item is described; note how many are not."
-    n = len(rated) - items.height
-    if items.height < .1 * len(rated): raise ValueError(
-        f"{source}: {Path(metadata).name} describes only {items.height:,} of the {len(rated):,} "
-        f"items of {ratings} (items there: {min(rated)!r}, here: {example!r}); use files of one "
+    n_rated, n = len(rated), len(rated.intersection(items["item_id"]))
+    if n < .1 * n_rated: raise ValueError(
+        f"{source}: {files[1]} describes only {n:,} of the {n_rated:,} items of {files[0]} (items "
+        f"there: {min(rated)!r}, here: {example!r}); they do not belong together, use files of one "
         "release and category")
-    return [f"rated items that are not described: {n:,} of {len(rated):,}"] if n else []
+    return [f"rated items that are not described: {n_rated - n:,} of {n_rated:,}"] * (n < n_rated)
 
 # %% ../../nbs/13_data.sources.ipynb #read-amazon
 _COPIES = "events equal to another in user, item, rating and time, which were dropped"
@@ -490,8 +483,7 @@ def read_amazon(
     Raises `FileNotFoundError`, or a `ValueError` that names file, line and remedy; also if the
     releases are mixed."""
     release = str(release)
-    if release not in _ORDERS:
-        raise ValueError(f"no release {release!r} of Amazon Reviews; there are {', '.join(_ORDERS)}")
+    _choose("no release", release, _ORDERS, "There are")
     if with_metadata_only and metadata is None:
         raise ValueError("with_metadata_only=True needs metadata=...")
     table = _read_ratings(ratings, release)
@@ -505,7 +497,8 @@ def read_amazon(
     if metadata is not None:
         rated = set(frame["item_id"].unique())
         items, more, example = _read_metadata(metadata, release, rated, max_field_chars, progress)
-        notes += more + _check_described(items, example, rated, source, metadata, table.name)
+        files = table.name, Path(metadata).name
+        notes += more + _check_described(items, example, rated, source, files)
         if with_metadata_only:
             frame = frame.filter(pl.col("item_id").is_in(items["item_id"].implode()))
     return RawTables(source, frame, items, tuple(notes), SOURCES[f"amazon-{release}"].terms)
@@ -528,7 +521,8 @@ def _find_member(path, names):
             return name, archive.read(info)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError,
             RuntimeError) as error:
-        raise ValueError(f"{path.name}: not a whole zip archive ({error}); fetch it again") from None
+        problem = f"not a whole zip archive ({error}); fetch it again"
+        raise ValueError(f"{path.name}: {problem}") from None
 
 # %% ../../nbs/13_data.sources.ipynb #find-file
 def _find_in_folder(path, names):
@@ -541,6 +535,7 @@ def _find_in_folder(path, names):
                              "name one of them")
         if found: return name, found[0]
 
+# %% ../../nbs/13_data.sources.ipynb #find-any
 def _find_file(path, *names, optional=False):
     "Return name and content (bytes or `Path`) of the first of `names`."
     path = _existing(path)
@@ -568,6 +563,7 @@ def _decoded(content):
     try: return data.decode("utf-8-sig")
     except UnicodeDecodeError: return data.decode("latin-1")
 
+# %% ../../nbs/13_data.sources.ipynb #film-table
 def _film_rows(name, content):
     "Read the rows of movies.dat or movies.csv as a `Table` of item_id, title and categories."
     if name.endswith(".csv"): return _named_columns(content, name, _FILMS, "MovieLens")
@@ -629,9 +625,8 @@ def read_movielens(
     else: table = _read_colons(content, name)
     frame, notes = _event_table(table, title)
     items = _read_movies(path)
-    if frame["item_id"].unique().is_in(items["item_id"].implode()).mean() < .1:
-        raise ValueError(f"{title}: the films and the ratings of {path} do not belong together; "
-                         "fetch it again")
+    rated, films = set(frame["item_id"].unique()), "the list of films"
+    _check_described(items, items["item_id"][0], rated, title, (name, films))
     notes.append("there are no pictures and no abstracts: put posters into a folder as "
                  "<item_id>.jpg, and abstracts into a column 'text' of the items")
     return RawTables(title, frame, items, tuple(notes), _MOVIELENS_TERMS)
@@ -662,27 +657,26 @@ def _typed_columns(table, types):
     for field, kind in types.items():
         column = table.frame[field]
         if kind.startswith("float"):
-            text, given = column.str.strip_chars(), column.fill_null("nan").str.to_lowercase() != "nan"
-            if kind == "float":
-                column = text.cast(pl.Float64, strict=False).fill_nan(None)
-                bad = column.is_null()
-            else:
-                column = text.str.split(" ").cast(pl.List(pl.Float64), strict=False)
-                bad = column.list.eval(pl.element().is_null()).list.any()
+            parts = column.str.strip_chars().str.split(" ")
+            numbers = parts.cast(pl.List(pl.Float64), strict=False)
+            bad = numbers.list.eval(pl.element().is_null()).list.any()
+            if kind == "float": bad |= numbers.list.len() > 1
             problem = f"{{}} in field {field!r} is not {kind}; correct the row or the header"
-            _refuse(table, given & bad.fill_null(False), problem, field)
+            _refuse(table, bad.fill_null(False), problem, field)
+            column = numbers.list.first().fill_nan(None) if kind == "float" else numbers
         columns.append(column)
     return pl.DataFrame(columns)
 
-# %% ../../nbs/13_data.sources.ipynb #atomic-name
+# %% ../../nbs/13_data.sources.ipynb #need-fields
 def _need_fields(name, types, needed, problem=None):
     "Raise a `ValueError` unless the fields have the types `needed` (`None`: any type)."
-    header = lambda fields: ", ".join(f"{field}:{kind or 'token'}" for field, kind in fields.items())
+    there = ", ".join(f"{field}:{kind}" for field, kind in types.items())
     for field, kind in needed.items():
         if field in types and kind in (types[field], None): continue
         problem = problem or f"no field {field}:{kind or 'token'}"
-        raise ValueError(f"{name}, line 1: {problem}; there are {header(types)}")
+        raise ValueError(f"{name}, line 1: {problem}; there are {there}")
 
+# %% ../../nbs/13_data.sources.ipynb #atomic-name
 def _atomic_name(folder, end):
     "Find the data set of a folder by the one file that ends in `end`."
     if not folder.is_dir(): raise FileNotFoundError(f"{folder} does not exist or is not a folder")
@@ -746,6 +740,7 @@ def _stage_rows(path, stage):
         length=history.str.count_matches(" ", literal=True) + 1, stage=pl.lit(stage, pl.Int8),
         row=pl.int_range(pl.len()))
 
+# %% ../../nbs/13_data.sources.ipynb #all-stages
 def _prefix_rows(folder, name):
     "Read the rows of all stages; validation and test rows may be missing."
     paths = {stage: folder / f"{name}.{word}.inter" for stage, word in _STAGE_WORDS.items()}
@@ -787,8 +782,9 @@ def _join_rows(rows, tables, source):
     "Turn prefix rows into a `Split` of one history for each user."
     rows = _sorted_rows(rows, tables, source)
     first = rows.filter(pl.col("user").is_first_distinct())
-    start = first.select("user", item=pl.col("history").str.split(" "), stage=pl.lit(TRAIN, pl.Int8))
-    events = pl.concat([start.explode("item"), rows.select("user", "item", "stage")])
+    lists, train = pl.col("history").str.split(" "), pl.lit(TRAIN, pl.Int8)
+    start = first.select("user", item=lists, stage=train).explode("item")
+    events = pl.concat([start, rows.select("user", "item", "stage")])
     user, user_tokens = encode_tokens(events["user"])
     events = events.with_columns(user=pl.Series(user)).sort("user", maintain_order=True)
     item, item_tokens = encode_tokens(events["item"])
@@ -799,16 +795,13 @@ def _join_rows(rows, tables, source):
 # %% ../../nbs/13_data.sources.ipynb #item-index
 def _item_index(path):
     "Read `<id> <tab> <index>` lines; return the ids in the order of their indices."
-    names = {}
-    lines = [line.rstrip("\r\n") for line in _decoded(path).split("\n") if line.strip()]
-    for number, line in enumerate(lines, 1):
-        name, _, index = line.partition("\t")
-        if not index.strip().isdecimal():
-            raise ValueError(f"{path.name}, line {number}: not an id, a tab and an index")
-        names[int(index)] = name
-    if sorted(names) == list(range(len(lines))): return [names[k] for k in range(len(lines))]
-    raise ValueError(f"{path.name}: the indices must be 0 to {len(lines) - 1}, each once; make list "
-                     "and dumps anew")
+    table = _plain_table(path, path.name, "\t", header=False)
+    index = table.frame.to_series(-1).str.strip_chars().cast(pl.Int64, strict=False)
+    _refuse(table, index.is_null() | (table.frame.width != 2), "not an id, a tab and an index")
+    if (index.sort() != pl.int_range(len(index), eager=True)).any():
+        raise ValueError(f"{path.name}: the indices must be 0 to {len(index) - 1}, each once; make "
+                         "list and dumps anew")
+    return table.frame.to_series(0).gather(index.arg_sort()).fill_null("").to_list()
 
 # %% ../../nbs/13_data.sources.ipynb #map-dump
 _DUMPS = {"text": "feat1CLS", "dropped_text": "feat2CLS", "image": "feat3CLS"}
@@ -816,16 +809,15 @@ _DUMPS = {"text": "feat1CLS", "dropped_text": "feat2CLS", "image": "feat3CLS"}
 def _map_dump(path, n_rows, feature_size):
     "Map a dump of float32 `[n_rows, feature_size]`, of which one may be unknown (`None`)."
     size, index = path.stat().st_size, f"{path.stem}.item2index"
-    if n_rows is None and feature_size is None:
-        raise ValueError(f"{path.name}: without {index} its shape is unknown; give "
-                         "feature_size=512 or whatever it is")
-    rows = n_rows if n_rows is not None else size // (4 * feature_size)
-    columns = feature_size if feature_size is not None else size // (4 * rows)
-    if size and rows * columns * 4 == size: return np.memmap(path, "<f4", "r", shape=(rows, columns))
-    expected = (f"{'some' if n_rows is None else n_rows} rows of "
-                f"{feature_size or 'equally many'} 32-bit numbers")
-    raise ValueError(f"{path.name}: {size:,} bytes are not {expected}; the file is cut off, or does "
-                     f"not belong to the list of items ({index}): fetch it or make it again")
+    if n_rows is None and feature_size is None: raise ValueError(
+        f"{path.name}: its shape is unknown without {index}; give feature_size=512 or whatever")
+    shape = [-1 if n is None else n for n in (n_rows, feature_size)]
+    try: return np.memmap(path, "<f4", "r").reshape(shape)
+    except ValueError:
+        rows, columns = ("some" if n is None else n for n in (n_rows, feature_size))
+        raise ValueError(
+            f"{path.name}: {size:,} bytes are not {rows} rows of {columns} 32-bit numbers; the "
+            f"file is cut off, or is not of the list {index}: fetch it or make it again") from None
 
 # %% ../../nbs/13_data.sources.ipynb #benchmark
 @dataclass(frozen=True, eq=False, repr=False)
@@ -907,6 +899,7 @@ def _map_dumps(folder, domains, names, dumps, feature_size):
         maps[kind] = [_map_dump(path, n, feature_size) for path, n in zip(paths, sizes)]
     return maps
 
+# %% ../../nbs/13_data.sources.ipynb #check-dumps
 def _check_dumps(maps, item_domain, item_row, name):
     "Raise a `ValueError` if dumps have too few rows, or different columns."
     for kind, tables in maps.items():
@@ -958,6 +951,7 @@ def _file_md5(path):
         while block := file.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
+# %% ../../nbs/13_data.sources.ipynb #side-file
 def _known_sha256(record):
     "Return the digest kept in a side file, or `None` if there is no such file."
     if not record.exists(): return None
@@ -1050,8 +1044,8 @@ _FILE_NAME = re.compile(r"[^\x00-\x1f/\\:*?\"<>|.][^\x00-\x1f/\\:*?\"<>|]{0,199}
 
 def _picture_names(items, per_item):
     "List `(item, link, file name without suffix)` of the images to fetch, and of bad ids why."
-    pairs = items.items() if isinstance(items, Mapping) else items.select("item_id", "image_urls").rows()
-    links = {item: [urls] if isinstance(urls, str) else list(urls or []) for item, urls in pairs}
+    if isinstance(items, pl.DataFrame): items = dict(items.select("item_id", "image_urls").rows())
+    links = {item: [urls] if isinstance(urls, str) else urls or [] for item, urls in items.items()}
     wanted, problems = [], []
     for item, urls in links.items():
         for number, url in enumerate(urls[:per_item]):
@@ -1083,20 +1077,20 @@ class ImageDownloads:
 # %% ../../nbs/13_data.sources.ipynb #fetch-all
 def _fetch_all(jobs, folder, failed, max_bytes, workers, pause, progress):
     "Fetch `(item, link, file name)`; return item, link and problem of those that failed."
-    unreachable = [0]  # links in a row that did not answer
+    silent = [0]  # links in a row that did not answer
     def fetch(job):
         item, url, stem = job
-        if unreachable[0] >= 20:
+        if silent[0] >= 20:
             return item, url, "not tried, since 20 links in a row did not answer; call again"
         problem = None
         try: _fetch_picture(url, folder, stem, max_bytes)
-        except ConnectionError as error: problem = f"{error}; call again"
-        except ValueError as error: failed[url] = str(error)
+        except ConnectionError as error:
+            silent[0] += 1
+            return item, url, f"{error}; call again"
+        except ValueError as error: problem = failed[url] = str(error)
         finally: time.sleep(pause)
-        unreachable[0] = unreachable[0] + 1 if problem else 0
-        problem = problem or failed.get(url)
+        silent[0] = 0
         return problem and (item, url, problem)
-
     pool = ThreadPoolExecutor(workers)
     try:
         found = tqdm(pool.map(fetch, jobs), "fetch images", len(jobs), disable=not progress)
@@ -1105,7 +1099,7 @@ def _fetch_all(jobs, folder, failed, max_bytes, workers, pause, progress):
 
 # %% ../../nbs/13_data.sources.ipynb #download-images
 def download_images(
-    items: pl.DataFrame | Mapping[str, Sequence[str]],  # with item_id and image_urls; or id -> links
+    items: pl.DataFrame | Mapping[str, Sequence[str]],  # item_id, image_urls; or item id -> links
     folder: str | Path,  # where the images go, as `<item_id>.jpg`, `<item_id>_1.jpg`, ...
     *,
     per_item: int = 1,  # links of an item that are followed

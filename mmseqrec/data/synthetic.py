@@ -649,17 +649,6 @@ class Behaviour:
     enough: float = 4.0  # a fit above this counts as this: well suited is well suited
     popularity: float = .65  # exponent of the popularity's power law
 
-# %% ../../nbs/10_data.synthetic.ipynb #shop-class
-@dataclass(frozen=True)
-class _Shop:
-    "Hold what the users of one shop choose from."
-    domain: str
-    probabilities: dict[str, np.ndarray]  # of the interests, from `plant_interests`
-    codes: np.ndarray  # `[V, 10]` int32 values of the attributes
-    made_for: np.ndarray  # `[V]` interest
-    shelves: np.ndarray  # `[(C + 1) * V]`, the last one the whole shop by popularity
-    companions: np.ndarray  # `[V, 8]` items
-
 # %% ../../nbs/10_data.synthetic.ipynb #shelves
 def _shelves(weights):
     "Stack cumulative probabilities of `[C, V]` weights into one increasing row `[C * V]`."
@@ -702,6 +691,17 @@ def _crowd(n, n_interests, values, behaviour, rng):
             "last_weights": (1 - behaviour.drift) * first + behaviour.drift * other,
             "taste": rng.integers(0, values, (n, len(values)), dtype=np.int32),
             "start": rng.integers(1_640_995_200, 1_704_067_200, n)}  # 2022 and 2023, Unix seconds
+
+# %% ../../nbs/10_data.synthetic.ipynb #shop-class
+@dataclass(frozen=True)
+class _Shop:
+    "Hold what the users of one shop choose from."
+    domain: str
+    probabilities: dict[str, np.ndarray]  # of the interests, from `plant_interests`
+    codes: np.ndarray  # `[V, 10]` int32 values of the attributes
+    made_for: np.ndarray  # `[V]` interest
+    shelves: np.ndarray  # `[(C + 1) * V]`, the last one the whole shop by popularity
+    companions: np.ndarray  # `[V, 8]` items
 
 # %% ../../nbs/10_data.synthetic.ipynb #choose
 _REASONS = ("interest", "follow", "repeat", "explore")
@@ -845,6 +845,18 @@ def _tokens(prefix, n):
     "Name n users or items, such as 'toys-u0042'."
     return prefix + pl.Series(np.arange(n)).cast(pl.String).str.zfill(max(4, len(str(n - 1))))
 
+# %% ../../nbs/10_data.synthetic.ipynb #make-domain
+def _open_shop(domain, n_items, n_interests, purity, seed, behaviour):
+    "Make a shop's items, shelves and companions."
+    rng = np.random.default_rng(derive_seed(seed, "items", domain))
+    probabilities = plant_interests(domain, n_interests, seed, purity)
+    codes, made_for = _make_items(domain, n_items, probabilities, rng)
+    popularity = (1.0 + rng.permutation(n_items)) ** -behaviour.popularity
+    fit = np.minimum(_fit(codes, probabilities), behaviour.enough)
+    shelves = _shelves(np.vstack([popularity * np.exp(behaviour.devotion * fit), popularity]))
+    companions = _companions(codes, made_for, shelves, rng)
+    return _Shop(domain, probabilities, codes, made_for, shelves, companions)
+
 # %% ../../nbs/10_data.synthetic.ipynb #items-table
 _PUBLIC = {"item_id": pl.String, "domain": pl.String, "title": pl.String, "description": pl.String,
            "details": pl.String, "images": pl.List(pl.String)}
@@ -874,18 +886,6 @@ def _items_table(shop, seed, omit, missing_image, missing_description, max_image
         rows.append(item | dict(zip(("title", "description", "details"), listing)))
     table = pl.DataFrame(rows, _PUBLIC | _PLANTED)
     return table.select(*_PUBLIC), table.select(*_PLANTED)
-
-# %% ../../nbs/10_data.synthetic.ipynb #make-domain
-def _open_shop(domain, n_items, n_interests, purity, seed, behaviour):
-    "Make a shop's items, shelves and companions."
-    rng = np.random.default_rng(derive_seed(seed, "items", domain))
-    probabilities = plant_interests(domain, n_interests, seed, purity)
-    codes, made_for = _make_items(domain, n_items, probabilities, rng)
-    popularity = (1.0 + rng.permutation(n_items)) ** -behaviour.popularity
-    fit = np.minimum(_fit(codes, probabilities), behaviour.enough)
-    shelves = _shelves(np.vstack([popularity * np.exp(behaviour.devotion * fit), popularity]))
-    companions = _companions(codes, made_for, shelves, rng)
-    return _Shop(domain, probabilities, codes, made_for, shelves, companions)
 
 # %% ../../nbs/10_data.synthetic.ipynb #fill-shop
 _BLOCK = 20_000
