@@ -188,7 +188,6 @@ def run_identity(
 ) -> str:  # 16 hexadecimal digits
     "Take a fingerprint of the model's kind, sizes and features, its items, and the events."
     weights, sizes = model.state_dict(), model._hub_mixin_config or {}
-    sizes = {name: size for name, size in sizes.items() if name not in model.moving_sizes}
     shapes = {name: list(x.shape) for name, x in model.named_parameters()}
     features = {k: x.float().cpu().numpy() for k, x in model.named_buffers() if k not in weights}
     return fingerprint(type(model).__name__, sizes, shapes, features,
