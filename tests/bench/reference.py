@@ -1,7 +1,7 @@
 """The reference mode, which is *not* the released code: our model and loss with the released code's way of batching.
 
-Every prefix is a row, every row is padded to `max_len`, and adapters run on every position. A ratio to it says less than one
-to the released code: anomaly mode, say, is off.
+Every prefix is a row, every row is padded to `max_len`, and adapters run on every position. A ratio to it says less than
+one to the released code: anomaly mode, say, is off.
 """
 from dataclasses import replace
 
