@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from mmseqrec.data.items import ItemTable
-from mmseqrec.features.clip import IMAGE_SETTINGS, open_picture, preprocess_images, quiet_transformers, train_tokenizer
+from mmseqrec.data.items import ItemTable, open_image
+from mmseqrec.features.clip import IMAGE_SETTINGS, preprocess_images, quiet_transformers, train_tokenizer
 from mmseqrec.features.encoders import (Catalogue, TextEncoder, build_catalogue, catalogue_from_arrays, drop_words,
                                         encode_table, load_image_encoder, load_text_encoder, mean_pooling, nearest_items,
                                         plan_chunks, plot_coverage, resolve_encoders)
@@ -183,7 +183,7 @@ def test_pictures_of_every_kind_become_rgb(tmp_path):
     half = Image.new("RGBA", (8, 4), (255, 0, 0, 255))
     half.paste((0, 0, 0, 0), (4, 0, 8, 4))
     half.save(tmp_path / "alpha.png")
-    assert open_picture(tmp_path / "alpha.png").getpixel((7, 0)) == (255, 255, 255)
+    assert open_image(tmp_path / "alpha.png").getpixel((7, 0)) == (255, 255, 255)
     half.convert("P").save(tmp_path / "palette.png", transparency=0)
     Image.new("L", (8, 4), 70).save(tmp_path / "grey.png")
     Image.new("CMYK", (8, 4), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
@@ -193,10 +193,10 @@ def test_pictures_of_every_kind_become_rgb(tmp_path):
     note[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=note)
     for path in tmp_path.iterdir():
-        assert open_picture(path).mode == "RGB"
-    assert open_picture(tmp_path / "turned.jpg").size == (4, 8)
-    assert open_picture(tmp_path / "deep.png").getpixel((0, 0)) == (156, 156, 156)
-    assert open_picture(np.zeros((3, 5, 3), np.uint8)).size == (5, 3)
+        assert open_image(path).mode == "RGB"
+    assert open_image(tmp_path / "turned.jpg").size == (4, 8)
+    assert open_image(tmp_path / "deep.png").getpixel((0, 0)) == (156, 156, 156)
+    assert open_image(np.zeros((3, 5, 3), np.uint8)).size == (5, 3)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (90, 70), (33, 120)])

@@ -323,6 +323,13 @@ def test_nothing_unsafe_is_loaded(path):
         if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "trust_remote_code"):
             assert not getattr(node.value, "value", True), f"line {node.lineno}: {node.arg}"
 
+@each_module
+def test_images_are_opened_in_one_place(path):
+    "What an encoder sees, a report shows; `plot_images` lies below the place, and draws files as they are."
+    if module_name(path) in ("data.items", "figures"): return
+    opens = [node.lineno for node in ast.walk(tree(path)) if ast.unparse(node) in ("Image.open", "PIL.Image.open")]
+    assert not opens, f"line {opens[0]}: open images with `mmseqrec.data.items.open_image`"
+
 
 # Files
 

@@ -6,8 +6,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/data.items.html.md"""
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'TEXT_COLUMNS', 'clean_text', 'split_sentences', 'ItemTable', 'safe_image_path', 'read_items',
-           'image_problem', 'ImageReport', 'check_images', 'align_items', 'require_modality', 'plot_missing_modalities',
-           'plot_modality_counts']
+           'open_image', 'image_problem', 'ImageReport', 'check_images', 'align_items', 'require_modality',
+           'plot_missing_modalities', 'plot_modality_counts']
 
 # %% ../../nbs/12_data.items.ipynb #imports
 import html
@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from .interactions import Interactions, read_table, select_events
@@ -225,6 +226,28 @@ def read_items(
     elif image_column: raise ValueError(f"{table.name}: image_column={image_column!r} needs an image_folder")
     return ItemTable(tokens, texts or [[] for _ in tokens], images, table.name)
 
+# %% ../../nbs/12_data.items.ipynb #open-image
+def open_image(
+    source,  # image file, PIL image, or array `[height, width, 3]` of bytes
+) -> Image.Image:  # RGB, upright, transparent parts white
+    """Open an image of any kind as RGB.
+
+    Raises `OSError`, `ValueError`, `SyntaxError` or `DecompressionBombError` where it cannot be decoded."""
+    if isinstance(source, np.ndarray): source = Image.fromarray(source)
+    if isinstance(source, Image.Image): return _to_rgb(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(source) as image: return _to_rgb(image)
+
+def _to_rgb(image):
+    "Turn upright as the camera's EXIF note says, put on white, convert to three channels of bytes."
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
 # %% ../../nbs/12_data.items.ipynb #image-problem
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
@@ -235,7 +258,6 @@ def image_problem(
     max_pixels: int = 50_000_000,  # larger pictures are refused undecoded
 ) -> str | None:  # what is wrong in a few words, or `None`
     "Say what is wrong with a picture file."
-    from PIL import Image, UnidentifiedImageError
     try:
         if not path.exists(): return "no such file"
         if not path.is_file(): return "not a file"
@@ -247,7 +269,7 @@ def image_problem(
             if not decode and kind == "PNG": image.verify()
         if kind == "PNG" and not decode: return None
         if kind == "JPEG" and not decode and path.read_bytes()[-1024:].rfind(b"\xff\xd9") >= 0: return None
-        with Image.open(path, formats=_FORMATS) as image: image.load()
+        open_image(path)
     except UnidentifiedImageError: return "not a picture (JPEG, PNG, WebP, GIF or BMP)"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning): return "too large: a decompression bomb"
     except Exception as error: return f"damaged: {error or type(error).__name__}"

@@ -37,7 +37,8 @@ from tqdm.auto import tqdm
 from ..artifacts import artifact_path, atomic_path, file_sha256, fingerprint, read_json, write_json
 from ..core import (derive_seed, each_for_itself, from_all, from_main, get_device, is_main_process,
                            n_processes, process_index)
-from .clip import image_features, open_picture, preprocess_images, quiet_transformers, text_features
+from ..data.items import open_image
+from .clip import image_features, preprocess_images, quiet_transformers, text_features
 from ..figures import COLORS
 
 # %% ../../nbs/21_features.encoders.ipynb #mean-pooling
@@ -206,7 +207,7 @@ class ImageEncoder(Encoder):
     def key(self, picture) -> str:
         "Digest the bytes of a file, or the pixels of a picture in memory."
         if isinstance(picture, (str, Path)): return file_sha256(picture)
-        picture = open_picture(picture)
+        picture = open_image(picture)
         return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
 
     def length(self, picture) -> int:
@@ -215,7 +216,7 @@ class ImageEncoder(Encoder):
 
     def read(self, picture) -> Image.Image:
         "Open as upright RGB on white."
-        return open_picture(picture)
+        return open_image(picture)
 
     @torch.inference_mode()
     def encode_batch(self, pictures: list) -> np.ndarray:

@@ -18,7 +18,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +30,7 @@ from ..blocks.losses import (full_softmax_cross_entropy, interest_diversity,
                                     items_of_step)
 from ..blocks.towers import IDEmbedding, modality_sizes
 from ..core import check_shape, derive_seed, from_main, n_processes
+from ..data.items import open_image
 from ..data.sequences import Batch, SequenceStore, expand_prefixes, length_chunks
 from ..features.encoders import Catalogue
 from ..figures import COLORS
@@ -651,6 +651,6 @@ def _draw_image(ax, image, x, y):
     "Draw an image, or its file, into a square of side 1."
     inset = ax.inset_axes([x + .04, y + .04, .92, .92], transform=ax.transData)
     inset.set_axis_off()
-    if isinstance(image, (str, Path)): image = Image.open(image).convert("RGB")
+    if isinstance(image, (str, Path)): image = open_image(image)
     if image is None: inset.text(.5, .5, "no image", ha="center", va="center", fontsize=6)
     else: inset.imshow(np.asarray(image), interpolation="antialiased")
