@@ -34,7 +34,7 @@ from ..artifacts import artifact_path, atomic_path
 from ..blocks.interests import InterestTables, plot_interests
 from ..core import derive_seed, get_device, get_precision
 from ..data.interactions import plot_history_lengths, plot_long_tail
-from ..data.items import ItemTable
+from ..data.items import ItemTable, open_image
 from ..data.sequences import TEST
 from ..evaluation import (history_groups, plot_slices, popularity_groups, slice_table,
                                  user_means)
@@ -95,9 +95,8 @@ def thumbnail(
     side: int = 112,  # pixels of the longer side; shown at two thirds of it
 ) -> bytes | None:  # a PNG or JPEG file, whichever is smaller; `None` if the image cannot be read
     "Make an image small."
-    try:
-        with Image.open(path) as image: image = image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError): return None
+    try: image = open_image(path)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError): return None
     image.thumbnail((side, side))
     jpeg, png = io.BytesIO(), io.BytesIO()
     image.save(jpeg, format="JPEG", quality=80, optimize=True)
@@ -113,10 +112,9 @@ def embed_figure(
 ) -> dict:  # `"src"`, a data URI, and `"width"` on the screen, pixels
     "Draw a figure for the macro `figure`."
     content = figure_to_png(figure, dpi=DPI)
-    with Image.open(io.BytesIO(content)) as image:
-        width, buffer = round(image.width * 100 / DPI), io.BytesIO()
-        if n_colors: image.convert("RGB").quantize(n_colors).save(buffer, "PNG", optimize=True)
-    return {"src": data_uri(buffer.getvalue() or content), "width": width}
+    image, buffer = open_image(io.BytesIO(content)), io.BytesIO()
+    if n_colors: image.quantize(n_colors).save(buffer, format="PNG", optimize=True)
+    return {"src": data_uri(buffer.getvalue() or content), "width": round(image.width * 100 / DPI)}
 
 # %% ../../nbs/80_app.report.ipynb #system
 @dataclass(frozen=True, eq=False)

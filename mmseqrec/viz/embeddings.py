@@ -9,13 +9,12 @@ __all__ = ['pca_2d', 'umap_2d', 'plot_map', 'spread_out', 'plot_picture_map', 'm
 
 # %% ../../nbs/44_viz.embeddings.ipynb #imports
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-from PIL import Image
 
+from ..data.items import open_image
 from ..figures import COLORS, _axes
 
 # %% ../../nbs/44_viz.embeddings.ipynb #pca
@@ -95,9 +94,7 @@ def plot_picture_map(
     frame = {"edgecolor": COLORS["neutral"], "linewidth": .5}
     for index in spread_out(points, distance):
         if (image := images[index]) is None: continue
-        if isinstance(image, (str, Path)): image = Image.open(image)
-        elif not isinstance(image, Image.Image): image = Image.fromarray(np.asarray(image))
-        small = OffsetImage(image.convert("RGB").resize((2 * pixels, 2 * pixels)), zoom=.5)
+        small = OffsetImage(open_image(image).resize((2 * pixels, 2 * pixels)), zoom=.5)
         ax.add_artist(AnnotationBbox(small, points[index], pad=.05, bboxprops=frame))
     ax.set(title=title, xticks=[], yticks=[])
     ax.margins(.06)
