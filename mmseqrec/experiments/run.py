@@ -104,8 +104,9 @@ _BASELINES = (
 # %% ../../nbs/60_experiments.run.ipynb #mp4sr
 _IDS = dict(transductive=True, projections=False)  # fine-tuned with ID embeddings
 _CONTENT = dict(transductive=False, projections=False)  # fine-tuned by content only
-_FIXED = dict(trained_pooling=False)  # as in the released code, like the next
-_UNMASKED = dict(masked_pooling=False)
+_FIXED = dict(released=("untrained_pooling",))  # as in the released code, like the next
+_UNMASKED = dict(released=("padded_pooling",))
+_LEGACY = dict(released=("false_negatives", "cmcl_rows"))
 
 # %% ../../nbs/60_experiments.run.ipynb #mp4sr-list
 _MP4SR = tuple(
@@ -120,14 +121,14 @@ _MP4SR = tuple(
         ("mp4sr_no_projections", _IDS, dict(projections=False), "image"),
         ("mp4sr_fixed_pooling", _IDS | _FIXED, _FIXED, "id"),
         ("mp4sr_unmasked_pooling", _IDS | _UNMASKED, _UNMASKED, "accent"),
-        ("mp4sr_legacy_losses", _IDS, dict(legacy=True), "ink")))
+        ("mp4sr_legacy_losses", _IDS, _LEGACY, "ink")))
 
 # %% ../../nbs/60_experiments.run.ipynb #families
 _UNISREC = dict(color=COLORS["text"], needs="text", drops_words=True)
-_MMSREC = dict(color="#1f8a9e", needs="both", stays=("encoder.position_emb.",),
+_MMSREC = dict(color="#1f8a9e", needs="both", stays=("towers.encoder.position_emb.",),
                pretrain_store=lambda store: pair_store(store.training_items, store.n_items))
 _MISSREC = dict(color=COLORS["image"], needs="content", drops_words=True,
-                stays=("item_emb.", "interest_"))
+                stays=("item_emb.", "items.interests."))
 
 # %% ../../nbs/60_experiments.run.ipynb #modes
 def _modes(kind, facts, **modes):
