@@ -483,7 +483,7 @@ def read_amazon(
     Raises `FileNotFoundError`, or a `ValueError` that names file, line and remedy; also if the
     releases are mixed."""
     release = str(release)
-    _choose("no release", release, _ORDERS, "There are")
+    _choose("Amazon Reviews has no release", release, _ORDERS, "There are")
     if with_metadata_only and metadata is None:
         raise ValueError("with_metadata_only=True needs metadata=...")
     table = _read_ratings(ratings, release)
@@ -500,7 +500,7 @@ def read_amazon(
         files = table.name, Path(metadata).name
         notes += more + _check_described(items, example, rated, source, files)
         if with_metadata_only:
-            frame = frame.filter(pl.col("item_id").is_in(items["item_id"].implode()))
+            frame = frame.filter(pl.col("item_id").is_in(items["item_id"].to_list()))
     return RawTables(source, frame, items, tuple(notes), SOURCES[f"amazon-{release}"].terms)
 
 # %% ../../nbs/13_data.sources.ipynb #archive-member
