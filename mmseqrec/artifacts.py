@@ -56,12 +56,9 @@ def atomic_folder(
         yield temporary
         if path.exists(): os.replace(path, old)
         os.replace(temporary, path)
-    except BaseException:
-        if old.exists() and not path.exists(): os.replace(old, path)
-        raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if path.exists(): shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not path.exists(): os.replace(old, path)
+        for folder in (temporary, old): shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/01_artifacts.ipynb #json-io
 def write_json(
@@ -69,45 +66,53 @@ def write_json(
     value,  # dictionaries, lists, strings, numbers; NumPy numbers are turned into Python's
 ) -> Path:  # the path
     "Write `value` as indented JSON, whole or not at all."
-    plain = lambda x: x.item() if isinstance(x, np.generic) else x.tolist() if isinstance(x, np.ndarray) else str(x)
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, default=plain, ensure_ascii=False) + "\n", encoding="utf-8")
+    def plain(x): return x.tolist() if isinstance(x, (np.generic, np.ndarray)) else str(x)
+    text = json.dumps(value, indent=1, default=plain, ensure_ascii=False)
+    with atomic_path(path) as temporary: temporary.write_text(text + "\n", encoding="utf-8")
     return Path(path)
 
+# %% ../nbs/01_artifacts.ipynb #read-json
 def read_json(
     path: str | Path,  # file to read
 ):  # what `write_json` was given
     "Read a JSON file; a `ValueError` names the file and the line where it is damaged."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); delete the file or restore it "
-                         "from a copy") from None
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); "
+                         "delete the file or restore it from a copy") from None
 
 # %% ../nbs/01_artifacts.ipynb #fingerprint
 def fingerprint(
     *parts,  # strings, numbers, `None`, lists, dictionaries, bytes or NumPy arrays
 ) -> str:  # 16 hexadecimal digits
-    "Digest `parts`; dictionaries count as equal whatever the order of their keys."
+    """Digest `parts`; dictionaries count as equal whatever the order of their keys.
+
+    Raises `TypeError` for anything else."""
     digest = hashlib.sha256()
-    def add(part):
-        if isinstance(part, np.ndarray) and not part.dtype.hasobject:
-            add(["array", str(part.dtype), list(part.shape)])
-            digest.update(np.ascontiguousarray(part).data)
-        elif isinstance(part, dict): add(["dict", *([key, part[key]] for key in sorted(part, key=str))])
-        elif isinstance(part, (list, tuple)):
-            digest.update(f"[{len(part)}".encode())
-            for each in part: add(each)
-        elif isinstance(part, (bytes, str)):
-            raw = part.encode() if isinstance(part, str) else part
-            digest.update(f"{type(part).__name__}{len(raw)}:".encode() + raw)
-        elif isinstance(part, np.generic): add(part.item())
-        elif part is None or isinstance(part, (bool, int, float)): digest.update(f"({part!r})".encode())
-        else:
-            kind = "an array of objects" if isinstance(part, np.ndarray) else type(part).__name__
-            raise TypeError(f"cannot take a fingerprint of {kind}: pass its numbers or its name")
-    add(list(parts))
+    _add_to_digest(digest, list(parts))
     return digest.hexdigest()[:16]
 
+# %% ../nbs/01_artifacts.ipynb #fingerprint-parts
+def _add_to_digest(digest, part):
+    "Feed one part to the digest, lists and dictionaries part by part."
+    if isinstance(part, np.ndarray) and not part.dtype.hasobject:
+        _add_to_digest(digest, ["array", str(part.dtype), list(part.shape)])
+        digest.update(np.ascontiguousarray(part).data)
+    elif isinstance(part, dict):
+        _add_to_digest(digest, ["dict", *([key, part[key]] for key in sorted(part, key=str))])
+    elif isinstance(part, (list, tuple)):
+        digest.update(f"[{len(part)}".encode())
+        for each in part: _add_to_digest(digest, each)
+    elif isinstance(part, (bytes, str)):
+        raw = part.encode() if isinstance(part, str) else part
+        digest.update(f"{type(part).__name__}{len(raw)}:".encode() + raw)
+    elif isinstance(part, np.generic): _add_to_digest(digest, part.item())
+    elif part is None or isinstance(part, (int, float)): digest.update(f"({part!r})".encode())
+    else:
+        kind = "an array of objects" if isinstance(part, np.ndarray) else type(part).__name__
+        raise TypeError(f"cannot take a fingerprint of {kind}: pass its numbers or its name")
+
+# %% ../nbs/01_artifacts.ipynb #file-sha256
 def file_sha256(
     path: str | Path,  # a file
 ) -> str:  # 64 hexadecimal digits
@@ -124,18 +129,18 @@ def download(
     sha256: str | None = None,  # expected checksum; strongly recommended
     progress: bool = True,  # show a progress bar
 ) -> Path:  # the path
-    """Fetch `url` to `path`, continuing an interrupted download; do nothing if the right file is there.
+    """Fetch `url` to `path`, continuing an interrupted download; do nothing if it is there.
 
-    Raises `ConnectionError` if the file did not arrive whole (call again to continue) and `ValueError` if it arrived
-    with another checksum (nothing is kept)."""
+    Raises `ConnectionError` if the file did not arrive whole (call again to continue) and
+    `ValueError` if it arrived with another checksum (nothing is kept)."""
     path, part = Path(path), Path(f"{path}.part")
     if path.exists() and (sha256 is None or file_sha256(path) == sha256): return path
     path.parent.mkdir(parents=True, exist_ok=True)
     _fetch(url, part, progress)
     if sha256 is not None and (got := file_sha256(part)) != sha256:
         part.unlink()
-        raise ValueError(f"{url}: the checksum is {got}, expected {sha256}; the file was removed. If the publisher "
-                         "has released a new version, check it and pass its checksum")
+        raise ValueError(f"{url}: the checksum is {got}, expected {sha256}; the file was removed. "
+                         "If the publisher has a new version, check it and pass its checksum")
     os.replace(part, path)
     return path
 
@@ -148,18 +153,16 @@ def _fetch(url, part, progress):
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             if response.status != 206: start = 0
-            length = response.headers["Content-Length"]
-            total = None if length is None else start + int(length)
-            with open(part, "ab" if start else "wb") as file, tqdm(
-                    total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=not progress) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
+            total = None if response.length is None else start + response.length
+            bar = dict(total=total, initial=start, desc=part.stem, disable=not progress)
+            with tqdm.wrapattr(response, "read", **bar) as body:
+                with open(part, "ab" if start else "wb") as file: shutil.copyfileobj(body, file)
     except urllib.error.HTTPError as error:
         if error.code == 416 and start: return
-        raise ConnectionError(f"{url}: the server answered {error.code} ({error.reason}); check the address") from None
+        raise ConnectionError(f"{url}: the server answered {error.code} ({error.reason}); "
+                              "check the address") from None
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"{url}: {error}; call again to continue after {size()} bytes") from None
+        raise ConnectionError(f"{url}: {error}; call again to continue at {size()} bytes") from None
     if total is not None and size() != total:
         raise ConnectionError(f"{url}: {size()} of {total} bytes arrived; call again to continue")
 
@@ -168,37 +171,38 @@ def provenance(
     **extra,  # what else is worth knowing, such as `seconds=12.5`
 ) -> dict:  # versions, machine, time (UTC, ISO 8601) and `extra`
     "Describe the software and the machine that make a result."
-    packages = "mmseqrec torch transformers accelerate polars numpy".split()
-    def version(name):
-        try: return metadata.version(name)
-        except metadata.PackageNotFoundError: return None
-    return {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "python": platform.python_version(),
-            "versions": {name: version(name) for name in packages}, "machine": platform.machine(),
-            "system": platform.system(), "cores": os.cpu_count(), **extra}
+    versions = dict.fromkeys("mmseqrec torch transformers accelerate polars numpy".split())
+    for name in versions:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"time": now, "python": platform.python_version(), "versions": versions,
+            "machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count(),
+            **extra}
 
 # %% ../nbs/01_artifacts.ipynb #compute-or-load
 def compute_or_load(
     path: str | Path,  # JSON file that holds the result
     compute: Callable[[], dict],  # makes the result, something JSON can hold
-    inputs: dict,  # everything the result depends on: data version, configuration, seeds, version of the code
+    inputs: dict,  # what the result depends on: versions of data and code, configuration, seeds
 ) -> dict:  # `{"inputs", "fingerprint", "provenance", "result"}`
-    "Load the result stored at `path` if it was made from `inputs`; otherwise compute and store it."
+    "Load the result stored at `path` if it was made from `inputs`; else compute and store it."
     mark = fingerprint(inputs)
-    if Path(path).exists() and (stored := read_json(path)).get("fingerprint") == mark: return stored
+    stored = read_json(path) if Path(path).exists() else {}
+    if stored.get("fingerprint") == mark: return stored
     start = time.perf_counter()
     result = compute()
-    record = {"inputs": inputs, "fingerprint": mark,
-              "provenance": provenance(seconds=round(time.perf_counter() - start, 1)), "result": result}
-    write_json(path, record)
-    return read_json(path)
+    origin = provenance(seconds=round(time.perf_counter() - start, 1))
+    record = {"inputs": inputs, "fingerprint": mark, "provenance": origin, "result": result}
+    return read_json(write_json(path, record))
 
 # %% ../nbs/01_artifacts.ipynb #artifact-path
 def artifact_path(
     *parts: str,  # folder and file name below `mmseqrec/artifacts`, such as `"clip", "config.json"`
 ) -> Path:  # an existing file or folder
-    "Locate a file that ships with the package; raises `FileNotFoundError` if this installation lacks it."
+    "Locate a file that ships with the package; raises `FileNotFoundError` if it is not there."
     path = Path(__file__).parent.joinpath("artifacts", *parts)
     if not path.exists():
-        raise FileNotFoundError(f"{'/'.join(parts)} is not among the files of this mmseqrec installation; "
-                                "reinstall the package or work in a clone of the repository")
+        raise FileNotFoundError(f"{'/'.join(parts)} is not among the files of this installation; "
+                                "reinstall mmseqrec or work in a clone of the repository")
     return path

@@ -24,7 +24,7 @@ AXES = {
     "B": "batch: rows processed together",
     "L": "positions in a sequence, padded to the longest row",
     "M": "modalities of an item (text, image)",
-    "K": "keywords, sentences or pictures of one item",
+    "K": "keywords, sentences or images of one item",
     "D": "hidden size: numbers in one vector",
     "V": "items in the catalogue; row 0 is padding, so tables have V + 1 rows",
     "C": "interests in the catalogue",
@@ -42,14 +42,14 @@ def check_shape(
     **sizes: int,  # sizes that letters must have, such as `D=64`
 ):  # `x` itself, so that the check can wrap an expression
     "Raise a `ValueError` that names the axis if `x` does not have the shape `axes`."
-    names, shape = axes.split(), tuple(x.shape)
+    names, shape = axes.split(), list(x.shape)
+    spec = f"[{', '.join(names)}]"
     if len(names) != len(shape):
-        raise ValueError(f"expected {len(names)} axes [{', '.join(names)}], got {len(shape)}: shape {list(shape)}")
-    for place, (name, size) in enumerate(zip(names, shape)):
-        expected = int(name) if name.isdigit() else sizes.setdefault(name, size)
-        if size != expected:
-            raise ValueError(f"axis {place} ({name}) of [{', '.join(names)}] must be {expected}, got {size}: "
-                             f"shape {list(shape)}")
+        raise ValueError(f"expected {len(names)} axes {spec}, got {len(shape)}: shape {shape}")
+    for i, (name, n) in enumerate(zip(names, shape)):
+        expected = int(name) if name.isdigit() else sizes.setdefault(name, n)
+        if n == expected: continue
+        raise ValueError(f"axis {i} ({name}) of {spec} must be {expected}, got {n}: shape {shape}")
     return x
 
 # %% ../nbs/00_core.ipynb #derive-seed
@@ -73,36 +73,38 @@ def set_seed(
 # %% ../nbs/00_core.ipynb #get-device
 def get_device(
     name: str = "auto",  # `"auto"`, or a PyTorch name such as `"cpu"`, `"cuda:1"`, `"mps"`
-) -> torch.device:
-    "Return the device called `name`; `auto` prefers CUDA, then MPS, then the CPU. Raises `ValueError` without a GPU."
+) -> torch.device:  # for `auto`: CUDA, else MPS, else the CPU
+    "Return the device called `name`. Raises `ValueError` for CUDA without a GPU."
+    has_gpu = torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but PyTorch sees no GPU; use device='auto' or 'cpu'")
-    return torch.device(name)
+        name = "cuda" if has_gpu else "mps" if torch.backends.mps.is_available() else "cpu"
+    if has_gpu or not name.startswith("cuda"): return torch.device(name)
+    raise ValueError(f"device {name!r}: PyTorch sees no GPU; use device='auto' or 'cpu'")
 
+# %% ../nbs/00_core.ipynb #get-precision
 def get_precision(
     device: torch.device | str,  # where the matrix products run
-) -> str:  # `"bf16"`, `"fp16"` or `"no"` (32 bits), as accelerate's `mixed_precision` calls them
+) -> str:  # `"bf16"`, `"fp16"` or `"no"` (32 bits), as accelerate's `mixed_precision`
     "Return `bf16` or `fp16` on CUDA, whichever the GPU has natively, and 32 bits elsewhere."
     device = torch.device(device)
     if device.type != "cuda": return "no"
     return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
 
 # %% ../nbs/00_core.ipynb #processes
-_OWN = []  # one entry for each `each_for_itself` block (below) that is under way
+_OWN = []  # for each `each_for_itself` block (below) that is under way, whether it applies
 
 def join_processes(
     device: str = "auto",  # where this process shall compute, as in `get_device`
 ) -> None:
-    "Meet the processes that were started together with this one, through accelerate; nothing to do for one alone."
+    "Join the processes that were started together with this one, through accelerate."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: return
     from accelerate import PartialState
     PartialState(cpu=get_device(device).type == "cpu")
 
 def n_processes() -> int:  # W, 1 or more
     "Count the processes that work together."
-    return dist.get_world_size() if not _OWN and dist.is_available() and dist.is_initialized() else 1
+    if any(_OWN) or not (dist.is_available() and dist.is_initialized()): return 1
+    return dist.get_world_size()
 
 def process_index() -> int:  # 0 to W - 1
     "Return the number of this process."
@@ -118,8 +120,8 @@ def _outcome(work):
     try: return work(), None
     except Exception as error: return None, error
 
-def _raise_first(outcomes):
-    "Raise the first error among outcomes, or return the results."
+def _results(outcomes):
+    "Return the results of outcomes, or raise the first error."
     for _, error in outcomes:
         if error is not None: raise error
     return [result for result, _ in outcomes]
@@ -131,7 +133,7 @@ def from_all(
     if n_processes() == 1: return [work()]
     outcomes = [None] * n_processes()
     dist.all_gather_object(outcomes, _outcome(work))
-    return _raise_first(outcomes)
+    return _results(outcomes)
 
 def from_main(
     work: Callable,  # called without arguments on the main process only
@@ -140,14 +142,14 @@ def from_main(
     if n_processes() == 1: return work()
     outcomes = [_outcome(work) if is_main_process() else None]
     dist.broadcast_object_list(outcomes, src=0)
-    return _raise_first(outcomes)[0]
+    return _results(outcomes)[0]
 
+# %% ../nbs/00_core.ipynb #each-for-itself
 @contextlib.contextmanager
 def each_for_itself(
     when: bool = True,  # `False`: the block is as if it were not there
 ):  # nothing
     "Let this process work as if it were alone in the `with` block, without waiting for others."
-    if when: _OWN.append(None)
+    _OWN.append(when)
     try: yield
-    finally:
-        if when: _OWN.pop()
+    finally: _OWN.pop()

@@ -3,6 +3,8 @@ import os
 
 import pytest
 
+collect_ignore = ["bench"]  # a program and its drivers; test_bench.py tests them
+
 for name, value in {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                     "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}.items():
     os.environ.setdefault(name, value)

@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image
 
 from killed_runs import make_clip
-from mmseqrec.experiments.run import RunConfig
+from mmseqrec.config import RunConfig
 
 SIZES, COLOURS, THINGS = ("small", "big", "huge"), ("red", "blue", "green", "grey"), ("mug", "kite", "umbrella", "chair", "lamp")
 N_ITEMS, N_USERS = 30, 40

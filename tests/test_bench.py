@@ -1,23 +1,34 @@
 "The benchmark counts, compares, continues and complains as it says; nothing here depends on how fast anything is."
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
 
-from mmseqrec import bench
+from bench import drivers, measure, run
+from bench.data import peer_config, synthetic_store, write_prefixes
+from bench.drivers.protocol import MemoryMeter, process_memory
+from bench.jobs import JOBS
+from bench.machine import count_operations, describe_machine, matrix_rate, measure_seconds
+from bench.measure import measure_job, measure_startup, measure_training
+from bench.options import BenchOptions
+from bench.reference import reference_loss
+from bench.run import bench_cases, bench_main, bench_parser, run_bench
+from bench.tables import bench_tables, bench_text, bench_verdict, paired_ratio, stored_benches, trained_cases
+from bench.trainee import TRAINING_CASES, Trainee, spread_batches
+from bench.workers import BenchWorker, peer_folder, peer_name, peer_worker
 from mmseqrec.artifacts import read_json
-from mmseqrec.bench import (TRAINING_CASES, BenchOptions, BenchWorker, MemoryMeter, Trainee, bench_cases, bench_main,
-                            bench_parser, bench_tables, bench_text, count_operations, describe_machine, matrix_rate,
-                            measure_job, measure_seconds, measure_startup, measure_training, paired_ratio, peer_config,
-                            plot_floor_share, plot_growth, plot_throughput, process_memory, reference_loss, run_bench,
-                            serve_commands, spread_places, stored_benches, synthetic_store, write_prefixes)
 from mmseqrec.data.sequences import TEST, TRAIN, VALID, prefix_batches
 from mmseqrec.data.sources import read_benchmark
+
+ROOT = Path(__file__).parent.parent
+PAGE = json.loads((ROOT / "nbs/82_bench.ipynb").read_text(encoding="utf-8"))
 
 TINY = dict(hidden_size=16, inner_size=16, n_layers=2, n_heads=2, dropout=.5, max_len=12, batch_size=64, lr=1e-3)
 
@@ -91,9 +102,9 @@ def test_peer_sizes(folder):
 def test_spread_batches_stand_for_all():
     sizes = np.random.default_rng(0).permutation(120)
     for start in range(5):
-        places = spread_places(sizes, 12, start)
+        places = spread_batches(sizes, 12, start)
         assert len(set(places)) == 12 and abs(sizes[places].mean() - sizes.mean()) <= 5
-    assert sorted(spread_places(sizes, 500)) == list(range(120))
+    assert sorted(spread_batches(sizes, 500)) == list(range(120))
 
 @pytest.mark.parametrize("name", TRAINING_CASES)
 def test_every_case_trains(folder, name):
@@ -134,7 +145,8 @@ def test_bf16_runs(folder): assert trainee(folder, "sasrec", precision="bf16").t
 # Processes
 
 def test_a_process_answers():
-    code = ("from mmseqrec.bench import serve_commands\n"
+    code = (f"import sys; sys.path.insert(0, {drivers.__path__[0]!r})\n"  # as a peer's driver finds it
+            "from protocol import serve_commands\n"
             "commands = {'double': lambda x: print('noise') or {'y': 2 * x}}\n"
             "serve_commands(lambda: print('more noise'), lambda: ({'fact': 1}, commands))")
     command = [sys.executable, "-c", code]
@@ -146,7 +158,18 @@ def test_a_process_answers():
 def test_a_process_that_dies_says_why():
     with pytest.raises(RuntimeError, match="the kettle ended before it answered; its last words: .*boiled dry"):
         BenchWorker([sys.executable, "-c", "raise ValueError('boiled dry')"], title="the kettle")
-    assert callable(serve_commands)
+
+def test_a_peers_driver_is_a_file_that_says_what_it_lacks(folder, tmp_path):
+    options = tiny_options(folder, recbole_python=sys.executable, missrec_code=str(tmp_path))
+    with pytest.raises(RuntimeError, match="MISSRec, inductive of the released code ended .*No module named 'config'"):
+        peer_worker(TRAINING_CASES["missrec"], options, folder, tmp_path)
+
+def test_peers_find_their_files(folder, tmp_path):
+    assert peer_folder(folder, tmp_path, pretrain=False) == "Syn"
+    assert (tmp_path / "Syn/Syn.feat1CLS").samefile(Path(folder, "Syn.feat1CLS"))
+    assert peer_folder(folder, tmp_path, pretrain=True) == "Pre" and (tmp_path / "Pre/Pre.pt_datasets").read_text() == "Syn"
+    rows = Path(folder, "Syn.train.inter").read_text().splitlines()[1:], (tmp_path / "Pre/Pre.train.inter").read_text().splitlines()[1:]
+    for plain, marked in zip(*rows): assert marked.replace("0-", "") == plain and marked.count("0-") == len(plain.split()) - 1
 
 def test_pairs_with_the_reference_mode(folder):
     found = measure_training("sasrec", tiny_options(folder), folder)
@@ -169,7 +192,7 @@ def test_without_a_peer_there_is_no_ratio(folder):
     ("features", {"modality": "image", "n": 4}), ("prepare", {"suffix": "csv", "n_events": 5000}),
     ("growth_users", {"n": 50}), ("growth_length", {"n": 8}), ("growth_items_evaluation", {"n": 200, "rows": 20})])
 def test_jobs(job, settings):
-    found = bench._JOBS[job](device="cpu", **settings)
+    found = JOBS[job](device="cpu", **settings)
     assert found.get("seconds", 1) > 0
     if "rates" in found: assert all(rate > 0 for rates in found["rates"].values() for rate in rates.values())
     if "n" in found: assert found["n"] == next(v for k, v in settings.items() if k.startswith("n"))
@@ -186,14 +209,14 @@ def test_startup():
     assert all(len(times) == 1 and times[0] > 0 for times in found.values())
 
 def test_startup_that_fails_is_told(monkeypatch):
-    monkeypatch.setattr(bench.sys, "executable", "/bin/false")
+    monkeypatch.setattr(measure.sys, "executable", "/bin/false")
     with pytest.raises(subprocess.CalledProcessError): measure_startup(tiny_options())
 
 
 # The whole
 
 def test_a_stopped_benchmark_continues(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "measure_job", lambda job, options, **settings: {"seconds": 1.0, **settings})
+    monkeypatch.setattr(run, "measure_job", lambda job, options, **settings: {"seconds": 1.0, **settings})
     told, options = [], tiny_options(folder, only=("interests/kmeans",))
     first = run_bench(options, tmp_path / "b.json", told.append)
     both = run_bench(replace(options, only=("interests/",)), tmp_path / "b.json", told.append)
@@ -205,7 +228,7 @@ def test_a_stopped_benchmark_continues(folder, tmp_path, monkeypatch):
 
 def test_a_case_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     def fail(): raise RuntimeError("no luck")
-    monkeypatch.setattr(bench, "bench_cases", lambda *args: {"bad": fail, "good": lambda: {"points": []}})
+    monkeypatch.setattr(run, "bench_cases", lambda *args: {"bad": fail, "good": lambda: {"points": []}})
     found = run_bench(tiny_options(n_users=20, n_items=10), tmp_path / "b.json")
     assert found["problems"] == {"bad": "no luck"} and list(read_json(tmp_path / "b.json")["cases"]) == ["good"]
 
@@ -257,9 +280,9 @@ def test_tables(record):
     assert "2 GFLOP/s in 32 bits, 4 in bf16" in text and "4.0 [3.0, 5.0]" in text
 
 def test_verdict(record):
-    assert bench.bench_verdict(record) == [
+    assert bench_verdict(record) == [
         "A: 4.0 times the peer in training, 3 were asked for: reached.",
-        "Ranking: 5.0 to 5.0 times the peers, 5 were asked for; missed by none.",
+        "Ranking: 4.0 to 4.0 times the peers, 5 were asked for; missed by A.",
         "Memory in training: 1.00 to 1.00 of the peers', a third was asked for; missed by A.",
         "Products of matrices alone would take 10% to 10% of the time of a step in 32 bits; the rest is what is left to gain."]
     case = record["cases"]["training/a"]
@@ -267,38 +290,51 @@ def test_verdict(record):
     for side in ("bf16", "peer"):
         for each in case["sides"][side]["rounds"]: each["targets_per_second"] /= 2
     for each in case["sides"]["bf16"]["rounds"]: each["targets_per_second"] /= 2
-    said = bench.bench_verdict(record)
+    said = bench_verdict(record)
     assert said[0].startswith("A: 8.0 times") and said[0].endswith("reached.") and said[-1] == "In bf16 slower than in 32 bits: A."
     case["goal"] = 9
-    assert bench.bench_verdict(record)[0].endswith("MISSED.") and bench.bench_verdict({"cases": {}}) == []
+    assert bench_verdict(record)[0].endswith("MISSED.") and bench_verdict({"cases": {}}) == []
     assert bench_text(record).endswith("In bf16 slower than in 32 bits: A.")
 
 def test_without_released_code_its_figure_is_quoted():
     class Own: facts = {}
-    assert "reached 205)" in bench._peer_name(TRAINING_CASES["sasrec"], Own)
+    assert "reached 205)" in peer_name(TRAINING_CASES["sasrec"], Own)
     assert {name for name, case in TRAINING_CASES.items() if case.quoted} == {"sasrec", "unisrec", "missrec", "missrec_pretrain"}
 
 def test_the_stored_benchmark_is_whole_and_reaches_what_was_asked():
     record = stored_benches()["cpu"]
-    options = bench.BenchOptions(**{k: v for k, v in record["settings"].items() if k in ("rounds", "round_seconds", "threads", "device", "size")})
+    options = BenchOptions(**{k: v for k, v in record["settings"].items() if k in ("rounds", "round_seconds", "threads", "device", "size")})
     assert set(record["cases"]) == set(bench_cases(options, "nowhere"))
-    for case in bench._trained(record).values():
+    for case in trained_cases(record):
         ours, peer = (case["sides"].get(side) for side in ("ours", "peer"))
         if not peer: continue
         assert ours["n_targets"] == peer["n_targets"] and ours["steps_per_epoch"] == peer["steps_per_epoch"]
         assert "reference" not in case["peer"], "compared with released code"
-    said = " ".join(bench.bench_verdict(record))
+    said = " ".join(bench_verdict(record))
     assert "MISSED" not in said and said.count("missed by none") == 2 and said.count(": reached.") == 4
 
+def page_names():
+    "Execute the cells of page 82 that define how a result is drawn."
+    names, wanted = {}, ("imports", "ratio", "middle", "plot-throughput", "plot-share", "growth-lines", "plot-growth")
+    cells = {cell["id"]: "".join(cell["source"]) for cell in PAGE["cells"]}
+    for id in wanted: exec(cells[id], names)
+    return names
+
 def test_plots(record):
+    page, cases = page_names(), trained_cases(record)
     for key in ("targets_per_second", "users_per_second"):
-        ax = plot_throughput(record, key)
+        ax = page["plot_throughput"](cases, key, "", "")
         assert len(ax.patches) == 3 and [t.get_text() for t in ax.texts] == ["4.0 x"]
-    assert len(plot_floor_share(record).patches) == 2
-    users, length, tokens, items = plot_growth(record).axes
+    assert len(page["plot_floor_share"](cases).patches) == 2
+    users, length, tokens, items = page["plot_growth"](record).axes
     assert len(users.lines) == len(length.lines) == len(tokens.lines) == 1 and len(items.lines) == 3
-    assert plot_growth({"cases": {}}).axes
+    assert page["plot_growth"]({"cases": {}}).axes
     matplotlib.pyplot.close("all")
+
+def test_the_page_says_what_the_command_says():
+    shown = {cell["id"]: "".join("".join(o.get("text", "")) for o in cell.get("outputs", [])) for cell in PAGE["cells"]}
+    said = "".join(text for id, text in shown.items() if id.startswith("verdict-"))
+    assert said.splitlines() == bench_verdict(stored_benches()["cpu"])
 
 def test_what_ships_can_be_read():
     for record in stored_benches().values(): assert record["provenance"]["cpu"] in bench_text(record)
@@ -317,7 +353,7 @@ def test_mistakes_are_one_sentence(arguments, sentence, capsys, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert bench_main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("mmseqrec.bench: ") and sentence in error and error.count("\n") == 1
+    assert error.startswith("bench: ") and sentence in error and error.count("\n") == 1
 
 def test_a_folder_without_data_is_a_mistake(capsys, tmp_path):
     assert bench_main(["--bench", str(tmp_path), "--output", str(tmp_path / "b.json")]) == 2
@@ -331,6 +367,11 @@ def test_the_command_runs_and_shows_its_table(tmp_path, capsys):
     assert "features/text" in shown.out and "features/text" in shown.err
     assert bench_main(["--table", "--output", output]) == 0 and capsys.readouterr().out == shown.out
 
+def test_the_command_is_a_folder_of_the_clone(tmp_path):
+    command = [sys.executable, ROOT / "tests/bench", "--table", "--output", ROOT / "mmseqrec/artifacts/bench/cpu.json"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert ran.stdout == bench_text(stored_benches()["cpu"]) + "\n" and not ran.stderr
+
 def test_help_names_every_option(capsys):
     text = bench_parser().format_help()
     options = "bench recbole-python unisrec-code missrec-code only rounds threads device quick full output table"
@@ -339,6 +380,6 @@ def test_help_names_every_option(capsys):
 
 def test_a_failed_case_is_told(tmp_path, capsys, monkeypatch):
     def fail(): raise RuntimeError("no luck")
-    monkeypatch.setattr(bench, "bench_cases", lambda *args: {"bad": fail})
+    monkeypatch.setattr(run, "bench_cases", lambda *args: {"bad": fail})
     assert bench_main(["--output", str(tmp_path / "b.json")]) == 1
     assert "bad: no luck" in capsys.readouterr().err

@@ -19,7 +19,8 @@ from mmseqrec.app import cli
 from mmseqrec.artifacts import read_json
 from mmseqrec.app.cli import (default_folder, error_sentence, load_recommender, main, make_parser, read_histories,
                           resolve_config, run_of, text_table)
-from mmseqrec.experiments.run import ALL, STANDARD, SYSTEMS, RunConfig
+from mmseqrec.config import ALL, STANDARD, RunConfig
+from mmseqrec.experiments.run import SYSTEMS
 from mmseqrec.features.clip import IMAGE_SETTINGS, quiet_transformers
 
 ROOT = Path(__file__).parent.parent

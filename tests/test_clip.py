@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer, CLIPModel
 
 from mmseqrec.artifacts import artifact_path, read_json
 from mmseqrec.data.synthetic import make_caption_corpus
-from mmseqrec.features.clip import (HELD_OUT, RECIPE, TINY, attribute_accuracy, caption_words, clip_loss, embed_pictures,
+from mmseqrec.features.clip import (HELD_OUT, RECIPE, TINY, attribute_accuracy, caption_words, clip_loss, embed_images,
                                     embed_texts, load_clip, load_shipped_clip, make_clip, measure_clip, plot_similarity,
                                     plot_training, plot_word_scores, quiet_transformers, retrieval_recall, save_clip,
                                     text_features, train_clip, train_shipped_clip, train_tokenizer, word_loss)
@@ -157,7 +157,7 @@ def test_shipped_clip_sees_what_it_should():
     for name, value in stored.items(): assert measured[name] > value - .1, (name, measured[name], value)
     rows = embed_texts(model, tokenizer, captions)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(256))
-    assert attribute_accuracy(model, tokenizer, embed_pictures(model, list(images)), captions)["kind"] == measured["kind"]
+    assert attribute_accuracy(model, tokenizer, embed_images(model, list(images)), captions)["kind"] == measured["kind"]
 
 
 @pytest.mark.slow

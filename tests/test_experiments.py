@@ -11,9 +11,10 @@ from transformers import ViTConfig, ViTModel
 import mmseqrec.experiments.run as experiments
 import mmseqrec.training as training
 from killed_runs import make_clip
+from mmseqrec.config import ALL, STANDARD, RunConfig
 from mmseqrec.core import derive_seed, set_seed
 from mmseqrec.data.sequences import TRAIN
-from mmseqrec.experiments.run import (ALL, STANDARD, SYSTEMS, RunConfig, RunData, difference, load_result, prepare_data,
+from mmseqrec.experiments.run import (SYSTEMS, RunData, difference, load_result, prepare_data,
                                   result_fingerprint, result_table, run_all, run_system, save_result)
 from mmseqrec.features.clip import IMAGE_SETTINGS, quiet_transformers
 from mmseqrec.models.mp4sr import MP4SR

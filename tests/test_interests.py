@@ -1,4 +1,5 @@
 "Interests against NumPy loops; equal tokens, missing tokens and held-out items; memory, seeds and precision."
+import copy
 import math
 
 import matplotlib.pyplot as plt
@@ -563,6 +564,13 @@ def test_another_number_of_interests_is_loaded_and_another_number_of_items_is_no
     for sizes, name in (((V + 1, 2, M, D), "of_item"), ((V, 2, M, D + 1), "vectors")):
         with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
             Interests(*sizes).load_state_dict(kept.state_dict())
+
+
+def test_a_copy_of_the_module_makes_room_in_itself_only():
+    kept, vectors = Interests(V, n_interests=2, hidden_size=D).double(), kept_interests()[0].vectors
+    copied = copy.deepcopy(kept)
+    copied.load_state_dict({"vectors": vectors, "of_item": kept.of_item})
+    assert torch.equal(copied.vectors, vectors) and kept.n_interests == 2 and not kept.vectors.any()
 
 
 # Figures

@@ -145,7 +145,7 @@ def test_coverage_and_novelty():
     assert math.isfinite(m.novelty(torch.tensor([[2]]), counts))  # an item that was never taken
 
 
-def test_bootstrap_equals_a_loop_and_does_not_depend_on_pieces(monkeypatch):
+def test_bootstrap_equals_a_loop_over_one_matrix_of_draws():
     values = np.random.default_rng(0).random(37)
     whole = m.bootstrap_interval(values, n=200, seed=3)
     assert whole == m.bootstrap_interval(torch.from_numpy(values), n=200, seed=3)
@@ -154,8 +154,6 @@ def test_bootstrap_equals_a_loop_and_does_not_depend_on_pieces(monkeypatch):
     indices = rng.integers(0, 37, (200, 37))
     means = [sum(values[i] for i in row) / 37 for row in indices]
     np.testing.assert_allclose(whole, np.quantile(means, [.025, .975]), **CLOSE)
-    monkeypatch.setattr(m, "_pieces", lambda n, width: [7] * (n // 7) + [n % 7])
-    np.testing.assert_allclose(m.bootstrap_interval(values, n=200, seed=3), whole, **CLOSE)
     low, high = m.bootstrap_interval(values, n=200, seed=3, level=.5)
     assert whole[0] < low < values.mean() < high < whole[1]
 
@@ -166,6 +164,24 @@ def test_bootstrap_covers_the_true_mean():
     hits = sum(low <= .3 <= high for low, high in (m.bootstrap_interval(rng.random(400) < .3, n=400, seed=s)
                                                     for s in range(100)))
     assert hits >= 88
+
+
+def test_student_factor_equals_tables_and_scipy():
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 %, 1 to 10 degrees of freedom
+    for n, factor in enumerate(table, 2): assert m.student_factor(n) == pytest.approx(factor, abs=5e-4)
+    stats = pytest.importorskip("scipy.stats")
+    for n in (2, 12, 30, 1000): assert m.student_factor(n, .9) == pytest.approx(stats.t.ppf(.95, n - 1), abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 3, 11, 12, 40])
+def test_mean_interval_equals_scipy(n):
+    stats, values = pytest.importorskip("scipy.stats"), np.random.default_rng(n).standard_normal(n) + 1
+    for level in (.5, .95):
+        expected = stats.ttest_1samp(values, 0).confidence_interval(level)
+        np.testing.assert_allclose(m.mean_interval(values, level), expected, **CLOSE)
+    assert m.mean_interval(torch.from_numpy(values)) == m.mean_interval(values.tolist())
+    with pytest.raises(ValueError, match="two values or more; got 1"): m.mean_interval(values[:1])
+    assert m.mean_interval([.25, .25, .25]) == (.25, .25)
 
 
 def test_paired_test_equals_exact_enumeration():

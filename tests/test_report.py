@@ -15,11 +15,12 @@ from jinja2 import UndefinedError
 from markupsafe import Markup, escape
 from PIL import Image
 
+from mmseqrec.config import RunConfig
 from mmseqrec.data.interactions import interaction_statistics, leave_one_out, make_interactions
 from mmseqrec.data.items import ItemTable
 from mmseqrec.data.sequences import TEST, SequenceStore
 from mmseqrec.evaluation import Evaluation, compare_evaluations
-from mmseqrec.experiments.run import Result, Run, RunConfig, RunData
+from mmseqrec.experiments.run import Result, Run, RunData
 from mmseqrec.features.encoders import catalogue_from_arrays
 from mmseqrec.features.keywords import STOP_WORDS, Keywords
 from mmseqrec.models.missrec import MISSRec
@@ -368,7 +369,7 @@ def test_interests_are_shown_where_missrec_found_some(run, tmp_path):
     text = render_part("interests_section", interests_section(shown))
     model = MISSRec.from_pretrained(str(tmp_path / "model"))
     there = int((~run.data.catalogue.missing_text_mask[1:]).sum() + (~run.data.catalogue.missing_image_mask[1:]).sum())
-    assert f"of the {len(model.interest_emb) - 1:,} interests that MISSRec found for {there:,} texts" in text and "<img" in text
+    assert f"of the {model.items.interests.n_interests:,} interests that MISSRec found for {there:,} texts" in text and "<img" in text
     assert report_sections(shown, system_summaries(shown), n_examples=1)["Interests"][1] is not None
     assert interests_section(run) is None
     plt.close("all")

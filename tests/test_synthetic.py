@@ -188,7 +188,7 @@ def test_no_word_serves_two_values():
     for attribute, values in WORDS.items():
         words = [w for many in values.values() for w in many]
         assert len(words) == len(set(words)), attribute
-    fixed = " ".join(synthetic.FILLERS + sum(synthetic.SENTENCES.values(), ()) + tuple(synthetic.NOUNS.values())
+    fixed = " ".join(synthetic._FILLERS + sum(synthetic._SENTENCES.values(), ()) + tuple(synthetic._NOUNS.values())
                      + sum(BRANDS.values(), ()) + synthetic.OCCASIONS + synthetic.CARES)
     for a in set(VISIBLE) - {"accent"}:
         for value in WORDS[a]: assert not mentions(fixed, a, value), (a, value)

@@ -31,7 +31,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from ..artifacts import artifact_path, atomic_path
-from ..blocks.interests import InterestTables, plot_interests
+from ..blocks.interests import plot_interests
 from ..core import derive_seed, get_device, get_precision
 from ..data.interactions import plot_history_lengths, plot_long_tail
 from ..data.items import ItemTable, open_image
@@ -558,13 +558,11 @@ def interests_section(
     "Draw the largest interests of the first MISSRec as rows of images."
     is_missrec = lambda result: "missrec" in (result.system, SYSTEMS[result.system].variant_of)
     first = next(filter(is_missrec, run.results), None)
-    model = first and MISSRec.from_pretrained(str(first.folder))
-    if model is None or model.interest_of_item.shape[1] < 2: return None
-    interests = InterestTables(model.interest_emb, model.interest_of_item)
+    interests = first and MISSRec.from_pretrained(str(first.folder)).items.interests
+    if interests is None or interests.of_item.shape[1] < 2: return None
     sheet = plot_interests(interests, first_pictures(run.data.items), title="")
     return {"figure": embed_figure(sheet, n_colors=96), "title": first.title,
-            "n_interests": len(model.interest_emb) - 1,
-            "n_tokens": int((model.interest_of_item > 0).sum())}
+            "n_interests": interests.n_interests, "n_tokens": int((interests.of_item > 0).sum())}
 
 # %% ../../nbs/80_app.report.ipynb #map-vectors
 def map_vectors(

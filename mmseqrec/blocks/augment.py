@@ -22,7 +22,7 @@ def draw_item_drop(
     item_pad_mask: Tensor,  # `[B, L]`, True where there is no item
     rate: float | Tensor,  # q, probability of each item, 0 to 1
 ) -> Tensor:  # `[B, L]`, True = drop; never the first item, never padding
-    "Draw which items of each history to leave out (UniSRec, item drop; MP4SR, sequence random dropout)."
+    "Draw which items to leave out (UniSRec, item drop; MP4SR, sequence random dropout)."
     drop = torch.rand(item_pad_mask.shape, device=item_pad_mask.device) < rate
     drop[:, 0] = False
     return drop & ~item_pad_mask
@@ -32,24 +32,24 @@ def drop_items(
     batch: Batch,  # one query a row, as `prefix_batches` makes them
     item_drop_mask: Tensor,  # `[B, L]`, True = leave this item out
 ) -> Batch:  # the same rows, shorter; targets unchanged
-    "Leave items out and move the others together. Raises `ValueError` for windows and if nothing is left of a row."
+    "Leave items out and move the others together. Raises `ValueError` for windows, empty rows."
     if batch.positions is not None:
-        raise ValueError("drop_items needs one query a row: positions would no longer point at the same items")
+        raise ValueError("drop_items needs one query a row: positions would point at other items")
     B, L = check_shape(batch.item_seq, "B L").shape
     kept = ~check_shape(item_drop_mask, "B L", B=B, L=L) & ~batch.item_pad_mask
     if not kept.any(1).all():
-        raise ValueError("drop_items would leave a history without items: keep the first, as draw_item_drop does")
+        raise ValueError("drop_items would leave a history without items: keep the first, as "
+                         "draw_item_drop does")
     order = (~kept).byte().argsort(dim=1, stable=True)  # the kept ones first, in their order
+    item_seq = batch.item_seq.masked_fill(~kept, 0).gather(1, order)
     lengths = kept.sum(1)
-    columns = torch.arange(L, device=lengths.device)
-    item_seq = batch.item_seq.gather(1, order).masked_fill(columns >= lengths[:, None], 0)
     return replace(batch, item_seq=item_seq[:, :int(lengths.max())], item_seq_len=lengths)
 
 # %% ../../nbs/31_blocks.augment.ipynb #draw-word-drop
 def draw_word_drop(
     item_pad_mask: Tensor,  # `[B, L]`, True where there is no item
     rate: float | Tensor,  # q, probability of each item, 0 to 1
-) -> Tensor:  # `[B, L]`, True = this item speaks its shortened text; never at padding
+) -> Tensor:  # `[B, L]`, True = take its shortened text; never at padding
     "Draw which items of each history are described with words left out (UniSRec, word drop)."
     return (torch.rand(item_pad_mask.shape, device=item_pad_mask.device) < rate) & ~item_pad_mask
 
@@ -57,16 +57,16 @@ def draw_word_drop(
 def draw_swaps(
     item_pad_mask: Tensor,  # `[B, L]`, True where there is no item
     rate: float | Tensor,  # p, probability of each position, 0 to 1
-) -> Tensor:  # `[B, L]`, True = the streams change places; never at padding
-    "Draw where the streams change places (MP4SR, complementary sequence mixup)."
+) -> Tensor:  # `[B, L]`, True = exchange the streams; never at padding
+    "Draw where to exchange the streams (MP4SR, complementary sequence mixup)."
     return (torch.rand(item_pad_mask.shape, device=item_pad_mask.device) < rate) & ~item_pad_mask
 
 # %% ../../nbs/31_blocks.augment.ipynb #swap-streams
 def swap_streams(
     x: Tensor,  # `[B, L, 2, D]`, text and image vectors of each position
-    is_swapped: Tensor,  # `[B, L]`, True where they change places
+    is_swapped: Tensor,  # `[B, L]`, True where they are exchanged
 ) -> Tensor:  # `[B, L, 2, D]`
-    "Let the two streams change places at some positions."
+    "Exchange the two streams at some positions."
     B, L, _, _ = check_shape(x, "B L S D", S=2).shape
     check_shape(is_swapped, "B L", B=B, L=L)
     return torch.where(is_swapped[..., None, None], x.flip(2), x)
@@ -74,24 +74,24 @@ def swap_streams(
 # %% ../../nbs/31_blocks.augment.ipynb #append-mask
 def append_mask(
     batch: Batch,  # B histories
-    mask_item: int,  # the number of [MASK], V + 1
-) -> Batch:  # `item_seq [B, L + 1]`, each row longer by one and asked at its end; no targets if there were windows
+    mask_item: int,  # the row of [MASK], V + 1
+) -> Batch:  # `item_seq [B, L + 1]`, asked at the end of each row; targets of windows are left out
     "Put a [MASK] after the last item of each history."
     check_shape(batch.item_seq, "B L", B=len(batch.item_seq_len))
-    item_seq = F.pad(batch.item_seq, (0, 1)).scatter(1, batch.item_seq_len[:, None], mask_item)
-    pos_item = batch.pos_item if batch.positions is None else None
-    return replace(batch, item_seq=item_seq, item_seq_len=batch.item_seq_len + 1, positions=None, pos_item=pos_item)
+    lengths, pos_item = batch.item_seq_len + 1, batch.pos_item if batch.positions is None else None
+    item_seq = F.pad(batch.item_seq, (0, 1)).scatter(1, lengths[:, None] - 1, mask_item)
+    return Batch(item_seq, lengths, pos_item, None, batch.user, batch.row)
 
 # %% ../../nbs/31_blocks.augment.ipynb #cloze
 def cloze(
     batch: Batch,  # B histories with their next items, one query a row
     n_items: int,  # V; the [MASK] is `V + 1`
-    rate: float | Tensor = 0.2,  # rho, probability of every place but the last, 0 to 1
-) -> Batch:  # `item_seq [B, L + 1]`, `positions [T]` and `pos_item [T]`: the chosen places and their true items
-    "Hide items of each row, always its next one (Sun et al. 2019; MMSRec). Raises `ValueError` without next items."
+    rate: float | Tensor = 0.2,  # rho, probability of every position but the last, 0 to 1
+) -> Batch:  # `item_seq [B, L + 1]`; `positions [T]`, `pos_item [T]`: what is chosen, its items
+    "Hide items, always the next (Sun et al. 2019, section 3.6). Raises `ValueError` without one."
     if batch.positions is not None or batch.pos_item is None:
-        raise ValueError("cloze needs histories with one next item each, as prefix_batches makes them: in windows "
-                         "the item that is asked for would be in sight")
+        raise ValueError("cloze needs histories with one next item each, as prefix_batches makes "
+                         "them: in windows the item that is asked for would be in sight")
     rows = append_mask(batch, n_items + 1)
     is_last = rows.item_seq == n_items + 1
     true_items = torch.where(is_last, batch.pos_item[:, None], rows.item_seq)

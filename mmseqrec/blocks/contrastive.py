@@ -14,23 +14,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import check_shape, n_processes, process_index
+from ..core import check_shape, from_all, n_processes, process_index
 from .losses import info_nce, same_target_mask
 
 # %% ../../nbs/33_blocks.contrastive.ipynb #sequence-item
+def _diagonal(x): return torch.eye(len(x), dtype=torch.bool, device=x.device)
+
 def sequence_item_loss(
     scores: Tensor,  # `[B, B]`, history of the row with the next item of the column's row
     pos_item: Tensor,  # `[B]`, the next item of each row
     temperature: float = 0.07,  # tau
-    keep_false_negatives: bool = False,  # let the same item in another row count as a wrong answer, as MISSRec
+    keep_false_negatives: bool = False,  # the same next item in another row is wrong, as in MISSRec
     legacy_false_negatives: bool = False,  # see `info_nce`; as UniSRec's code
 ) -> Tensor:  # a single number, mean over the rows; log B when nothing is known
-    "Predict the next item of each row among the next items of all rows (UniSRec, sequence-item contrast)."
+    "Predict each row's next item among those of all rows (UniSRec, sequence-item contrast)."
     B, _ = check_shape(scores, "B B").shape
     check_shape(pos_item, "B", B=B)
-    right = torch.eye(B, dtype=torch.bool, device=scores.device)
     false_negative_mask = None if keep_false_negatives else same_target_mask(pos_item)
-    return info_nce(scores / temperature, right, false_negative_mask, legacy_false_negatives)
+    logits = scores / temperature
+    return info_nce(logits, _diagonal(logits), false_negative_mask, legacy_false_negatives)
 
 # %% ../../nbs/33_blocks.contrastive.ipynb #sequence-sequence
 def sequence_sequence_loss(
@@ -38,14 +40,15 @@ def sequence_sequence_loss(
     other: Tensor,  # `[B, D]`, one vector of each disturbed history, of any length
     pos_item: Tensor,  # `[B]`, the next item of each row
     temperature: float = 0.07,  # tau
-    keep_false_negatives: bool = False,  # let rows with the same next item count as wrong answers, as MISSRec
+    keep_false_negatives: bool = False,  # the same next item in another row is wrong, as in MISSRec
     legacy_false_negatives: bool = False,  # see `info_nce`; as UniSRec's code
 ) -> Tensor:  # a single number, mean over the rows; log B when nothing is known
-    "Let each history find its disturbed self among those of all rows (UniSRec, sequence-sequence contrast)."
+    "Let each history find its disturbed self (UniSRec, sequence-sequence contrast)."
     B, D = check_shape(own, "B D").shape
     check_shape(other, "B D", B=B, D=D)
     cosines = F.normalize(own, dim=-1) @ F.normalize(other, dim=-1).T
-    return sequence_item_loss(cosines, pos_item, temperature, keep_false_negatives, legacy_false_negatives)
+    how = (temperature, keep_false_negatives, legacy_false_negatives)
+    return sequence_item_loss(cosines, pos_item, *how)
 
 # %% ../../nbs/33_blocks.contrastive.ipynb #nip
 def next_item_loss(
@@ -53,20 +56,19 @@ def next_item_loss(
     targets: Tensor,  # `[B, D]`, the vector of each next item in one modality, length 1
     false_negative_mask: Tensor,  # `[B, B]`, True where another row has the same next item
     temperature: float = 0.07,  # tau
-    missing_target_mask: Tensor | None = None,  # `[B]`, True where the next item lacks the modality: left out
+    missing_target_mask: Tensor | None = None,  # `[B]`, True = no such modality: left out
     legacy_false_negatives: bool = False,  # see `info_nce`
 ) -> Tensor:  # a single number, mean over the rows; log B when nothing is known
     "Predict the next item of each row among the next items of all rows (MP4SR, NIP)."
     B, P, D = check_shape(queries, "B P D").shape
     check_shape(targets, "B D", B=B, D=D)
     check_shape(false_negative_mask, "B B", B=B)
-    if missing_target_mask is not None:
-        there = ~missing_target_mask
-        queries, targets, false_negative_mask = queries[there], targets[there], false_negative_mask[there][:, there]
+    there = slice(None) if missing_target_mask is None else ~missing_target_mask
+    queries, targets, ignored = queries[there], targets[there], false_negative_mask[there][:, there]
     if not len(targets): return queries.sum() * 0
     logits = (queries @ targets.T / temperature).flatten(1)  # [B, P * B]
-    right = torch.eye(len(targets), dtype=torch.bool, device=targets.device)
-    return info_nce(logits, right.repeat(1, P), false_negative_mask.repeat(1, P), legacy_false_negatives)
+    is_positive, ignored = _diagonal(targets).repeat(1, P), ignored.repeat(1, P)
+    return info_nce(logits, is_positive, ignored, legacy_false_negatives)
 
 # %% ../../nbs/33_blocks.contrastive.ipynb #cmcl
 def cross_modality_loss(
@@ -75,54 +77,54 @@ def cross_modality_loss(
     false_negative_mask: Tensor,  # `[B, B]`, True where another row has the same next item
     temperature: float = 0.07,  # tau
     legacy_false_negatives: bool = False,  # see `info_nce`
-    legacy_rows: bool = False,  # compare `own` with `other` in both halves, as MP4SR's code, not `other` with `own`
+    legacy_rows: bool = False,  # compare `own` with `other` in both halves, as MP4SR's code
 ) -> Tensor:  # a single number, mean over the rows; log(2B - 1) when nothing is known
     "Let the two streams of a history find each other among all histories (MP4SR, CMCL)."
     B, D = check_shape(own, "B D").shape
     check_shape(other, "B D", B=B, D=D)
-    check_shape(false_negative_mask, "B B", B=B)
-    right = torch.eye(B, dtype=torch.bool, device=own.device)
-    is_positive = torch.cat([right, torch.zeros_like(right)], 1)
+    ignored = check_shape(false_negative_mask, "B B", B=B).repeat(1, 2)
+    diagonal, cross = _diagonal(own), own @ other.T
+    is_positive = torch.cat([diagonal, torch.zeros_like(diagonal)], 1)
     def one_way(cross, intra):
-        logits = torch.cat([cross, intra.masked_fill(right, -torch.inf)], 1) / temperature
-        return info_nce(logits, is_positive, false_negative_mask.repeat(1, 2), legacy_false_negatives)
-    cross = own @ other.T
-    return (one_way(cross, own @ own.T) + one_way(cross if legacy_rows else cross.T, other @ other.T)) / 2
+        logits = torch.cat([cross, intra.masked_fill(diagonal, -torch.inf)], 1) / temperature
+        return info_nce(logits, is_positive, ignored, legacy_false_negatives)
+    back = one_way(cross if legacy_rows else cross.T, other @ other.T)
+    return (one_way(cross, own @ own.T) + back) / 2
 
 # %% ../../nbs/33_blocks.contrastive.ipynb #symmetric-nce
 def symmetric_nce(
     a: Tensor,  # `[N, D]`, one vector of each item, of any length
     b: Tensor,  # `[N, D]`, another vector of the same items
     temperature: float = 0.05,  # tau
-) -> Tensor:  # a single number, the sum of both directions; 2 log N when nothing is known, 0 for N = 0
-    "Let two vectors of each item find each other among those of all items (MMSRec, pre-training; CLIP)."
+) -> Tensor:  # the sum of both directions; 2 log N when nothing is known, 0 for N = 0
+    "Let two vectors of each item find each other among all items (MMSRec, pre-training; CLIP)."
     N, D = check_shape(a, "N D").shape
     check_shape(b, "N D", N=N, D=D)
     if N == 0: return (a.sum() + b.sum()) * 0
     logits = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T / temperature
-    right = torch.eye(N, dtype=torch.bool, device=a.device)
-    return info_nce(logits, right) + info_nce(logits.T, right)
+    return info_nce(logits, _diagonal(a)) + info_nce(logits.T, _diagonal(a))
 
 # %% ../../nbs/33_blocks.contrastive.ipynb #modality-combination
 def modality_combination_loss(
-    image: Tensor,  # `[2, N, D]`, two passes over the pictures alone
+    image: Tensor,  # `[2, N, D]`, two passes over the images alone
     text: Tensor,  # `[2, N, D]`, two passes over the texts alone
     both: Tensor,  # `[2, N, D]`, two passes over what each item has
-    missing_modality_mask: Tensor,  # `[N, 2]`, True where the item has no text (column 0) or no picture (column 1)
+    missing_modality_mask: Tensor,  # `[N, 2]`, True = no text (column 0) or no image (column 1)
     temperature: float = 0.05,  # tau
-) -> dict[str, Tensor]:  # `image_image`, `image_text`, `text_text`, `both_both`; `"loss"` is their mean
-    "Align modality combinations of each item (MMSRec, self-supervised pre-training). Items must differ."
+) -> dict[str, Tensor]:  # `image_image`, `image_text`, `text_text`, `both_both`; `loss`, their mean
+    "Align modality combinations of N different items (MMSRec, self-supervised pre-training)."
     _, N, D = check_shape(both, "P N D", P=2).shape
     for x in (image, text): check_shape(x, "P N D", P=2, N=N, D=D)
     has_text, has_image = (~check_shape(missing_modality_mask, "N M", N=N, M=2)).unbind(1)
-    pairs = {"image_image": (image[0], image[1], has_image), "image_text": (image[0], text[0], has_image & has_text),
-             "text_text": (text[0], text[1], has_text), "both_both": (both[0], both[1], has_image | has_text)}
-    terms = {name: symmetric_nce(a[rows], b[rows], temperature) for name, (a, b, rows) in pairs.items()}
+    def nce(a, b, rows): return symmetric_nce(a[rows], b[rows], temperature)
+    terms = {"image_image": nce(*image, has_image),
+             "image_text": nce(image[0], text[0], has_image & has_text),
+             "text_text": nce(*text, has_text), "both_both": nce(*both, has_image | has_text)}
     return {"loss": sum(terms.values()) / len(terms), **terms}
 
 # %% ../../nbs/33_blocks.contrastive.ipynb #gather
 class _GatherRows(torch.autograd.Function):
-    "Concatenate rows of all processes, `counts[r]` from process r; the gradient of the own rows goes back, times W."
+    "Concatenate rows of all processes; the gradient of the own rows goes back, times W."
     @staticmethod
     def forward(ctx, x, counts):
         ctx.counts = counts
@@ -142,8 +144,5 @@ def gather_rows(
 ) -> tuple[Tensor, ...]:  # `[N_0 + N_1 + ..., ...]` each, the rows of all processes in their order
     "Gather rows of all processes, with gradients; all must then compute the same loss of them."
     if n_processes() == 1: return tensors
-    own = torch.tensor([len(tensors[0])], device=tensors[0].device)
-    counts = [torch.empty_like(own) for _ in range(n_processes())]
-    dist.all_gather(counts, own)
-    counts = torch.cat(counts).tolist()
+    counts = from_all(lambda: len(tensors[0]))
     return tuple(_GatherRows.apply(x.contiguous(), counts) for x in tensors)

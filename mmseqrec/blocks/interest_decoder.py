@@ -9,15 +9,19 @@ __all__ = ['CrossAttention', 'ContextBlock', 'InterestDecoderBlock', 'InterestEn
 
 # %% ../../nbs/35_blocks.interest_decoder.ipynb #imports
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import check_shape
-from .layers import Dropout, TransformerBlock, drops_openly, open_attention
+from .layers import Dropout, TransformerBlock, _attend
+
+# %% ../../nbs/35_blocks.interest_decoder.ipynb #to-hide
+def _to_hide(pad_mask):
+    "Mark the padding `[B, Q]`, but not in rows that have nothing else."
+    return pad_mask & ~pad_mask.all(1, keepdim=True)
 
 # %% ../../nbs/35_blocks.interest_decoder.ipynb #cross-attention
 class CrossAttention(nn.Module):
-    "Attention from one sequence to another with `n_heads` heads (Vaswani et al. 2017, section 3.2.3)."
+    "Attention from one sequence to another, with heads (Vaswani et al. 2017, section 3.2.3)."
     def __init__(
         self,
         hidden_size: int,  # D, a multiple of `n_heads`
@@ -26,7 +30,7 @@ class CrossAttention(nn.Module):
     ):
         super().__init__()
         if hidden_size % n_heads:
-            raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of n_heads ({n_heads})")
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of n_heads {n_heads}")
         self.n_heads, self.dropout = n_heads, Dropout(dropout)
         self.query = nn.Linear(hidden_size, hidden_size)
         self.key_value = nn.Linear(hidden_size, 2 * hidden_size)
@@ -34,139 +38,130 @@ class CrossAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # `[B, L, D]`, who looks
-        context: Tensor,  # `[B, Q, D]`, what is looked at
-        context_pad_mask: Tensor,  # `[B, Q]`, True where there is nothing to look at
+        x: Tensor,  # `[B, L, D]`, rows that look
+        context: Tensor,  # `[B, Q, D]`, rows that are looked at
+        context_pad_mask: Tensor,  # `[B, Q]`, True = nothing to look at
         return_attention: bool = False,  # also return the weights
-    ) -> Tensor | tuple[Tensor, Tensor]:  # `[B, L, D]`, and the weights `[B, H, L, Q]` if asked for
-        "Let each row of `x` look at the rows of `context`; zeros, and weights of zero, where it is empty."
+    ) -> Tensor | tuple[Tensor, Tensor]:  # `[B, L, D]`; if asked for, the weights `[B, H, L, Q]`
+        "Let rows of `x` look at rows of `context`; zeros and weights of zero where it has none."
         q = self.query(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [B, H, L, D/H]
-        is_empty = context_pad_mask.all(1)[:, None, None]
-        hidden = context_pad_mask & ~is_empty[:, 0]
-        if x.shape[1] == 1: y, weights = _look_once(self, q, context, hidden)
+        is_empty, hidden = context_pad_mask.all(1)[:, None, None], _to_hide(context_pad_mask)
+        if x.shape[1] == 1: y, weights = _look_once(self, q, context, hidden)  # see Made fast
         else:
-            k, v = self.key_value(context).unflatten(-1, (2, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, Q, D/H]
-            if return_attention or drops_openly(self.dropout, q):
-                y, weights = open_attention(q, k, v, hidden, False, self.dropout)
-            else: y = F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden[:, None, None],
-                                                     dropout_p=self.dropout.p * self.training)
+            kv = self.key_value(context).unflatten(-1, (2, self.n_heads, -1))
+            k, v = kv.permute(2, 0, 3, 1, 4)  # [B, H, Q, D/H] each
+            y, weights = _attend(q, k, v, hidden, False, self.dropout, return_attention)
         y = self.output(y.transpose(1, 2).flatten(2)).masked_fill(is_empty, 0)
         return (y, weights.masked_fill(is_empty[:, None], 0)) if return_attention else y
 
-# %% ../../nbs/35_blocks.interest_decoder.ipynb #look-once
-def _look_once(attention, q, context, hidden):
-    "Answer one query a row `[B, H, 1, D/H]` without making keys and values; return the weights `[B, H, 1, Q]` too."
-    key, value = attention.key_value.weight.unflatten(0, (2, attention.n_heads, -1))  # [H, D/H, D]
-    bias = attention.key_value.bias.unflatten(0, (2, attention.n_heads, -1))[1]  # [H, D/H]
-    questions = torch.einsum("bhd,hdf->bhf", q[:, :, 0] / q.shape[-1] ** 0.5, key)  # [B, H, D]
-    blind = torch.zeros_like(hidden, dtype=questions.dtype).masked_fill(hidden, -torch.inf)[:, None]
-    weights = (questions @ context.mT.to(questions) + blind).softmax(-1)  # [B, H, Q]
-    used = attention.dropout(weights)
-    seen = used.to(context) @ context  # [B, H, D]
-    y = torch.einsum("bhf,hdf->bhd", seen, value) + used.sum(-1, keepdim=True) * bias
-    return y[:, :, None], weights[:, :, None]
-
 # %% ../../nbs/35_blocks.interest_decoder.ipynb #context-block
 class ContextBlock(TransformerBlock):
-    "A Transformer block with dropout inside the feed-forward network too, as `torch.nn.TransformerEncoderLayer`."
+    "A Transformer block with one dropout more, as `torch.nn.TransformerEncoderLayer`."
     def __init__(
         self,
         hidden_size: int,  # D
         n_heads: int,  # H
         inner_size: int,  # width of the feed-forward network
-        dropout: float = 0.0,  # share of hidden units, and of attention weights, dropped in training
+        dropout: float = 0.0,  # share of hidden units and attention weights dropped
     ):
         super().__init__(hidden_size, n_heads, inner_size, dropout, dropout)
         self.feed_forward.insert(2, Dropout(dropout))
 
 # %% ../../nbs/35_blocks.interest_decoder.ipynb #decoder-block
 class InterestDecoderBlock(nn.Module):
-    "Self-attention, cross-attention to interests, feed-forward network (MISSRec, interest-aware decoder)."
+    "Self-attention, cross-attention, feed-forward network (MISSRec, interest-aware decoder)."
     def __init__(
         self,
         hidden_size: int,  # D
         n_heads: int,  # H
         inner_size: int,  # width of the feed-forward network
-        dropout: float = 0.0,  # share of hidden units, and of attention weights, dropped in training
+        dropout: float = 0.0,  # share of hidden units and attention weights dropped
     ):
         super().__init__()
         self.self_attention = CrossAttention(hidden_size, n_heads, dropout)
         self.cross_attention = CrossAttention(hidden_size, n_heads, dropout)
-        self.feed_forward = nn.Sequential(nn.Linear(hidden_size, inner_size), nn.GELU(), Dropout(dropout),
-                                          nn.Linear(inner_size, hidden_size))
+        inner, outer = nn.Linear(hidden_size, inner_size), nn.Linear(inner_size, hidden_size)
+        self.feed_forward = nn.Sequential(inner, nn.GELU(), Dropout(dropout), outer)
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_size, eps=1e-12) for _ in range(3))
         self.dropout = Dropout(dropout)
 
     def forward(
         self,
-        x: Tensor,  # `[B, N, D]`, at the positions that are asked; all, or some
+        x: Tensor,  # `[B, N, D]`, the positions that are asked: all, or some
         items: Tensor,  # `[B, L, D]`, all positions
         item_pad_mask: Tensor,  # `[B, L]`, True where there is no item
         context: Tensor,  # `[B, Q, D]`, encoded interests
         interest_pad_mask: Tensor,  # `[B, Q]`, True where there is no interest
         return_attention: bool = False,  # also return the weights
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # `[B, N, D]`; and, if asked for, `[B, H, N, L]` and `[B, H, N, Q]`
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # `[B, N, D]`; `()` or weights over items and interests
         "Look at the items, then at the interests, then transform each position."
-        found = []
-        def look(attention, x, *others):
-            y = attention(x, *others, return_attention)
-            if not return_attention: return y
-            found.append(y[1])
-            return y[0]
-        h = self.norms[0](x + self.dropout(look(self.self_attention, x, items, item_pad_mask)))
-        h = self.norms[1](h + self.dropout(look(self.cross_attention, h, context, interest_pad_mask)))
-        return self.norms[2](h + self.dropout(self.feed_forward(h))), tuple(found)
+        y = self.self_attention(x, items, item_pad_mask, return_attention)
+        y, to_items = y if return_attention else (y, None)
+        h = self.norms[0](x + self.dropout(y))
+        y = self.cross_attention(h, context, interest_pad_mask, return_attention)
+        y, to_interests = y if return_attention else (y, None)
+        h = self.norms[1](h + self.dropout(y))
+        weights = (to_items, to_interests) if return_attention else ()
+        return self.norms[2](h + self.dropout(self.feed_forward(h))), weights
 
 # %% ../../nbs/35_blocks.interest_decoder.ipynb #encoder-decoder
 class InterestEncoderDecoder(nn.Module):
-    "MISSRec's Transformer: interests to a context encoder, items and context to a bidirectional decoder."
+    "Encode interests as context, and items with a decoder that looks at it (MISSRec)."
     def __init__(
         self,
         hidden_size: int,  # D, a multiple of `n_heads`
         n_layers: int = 2,  # blocks of both sides together, half of them each
         n_heads: int = 4,  # H
         inner_size: int = 256,  # width of the feed-forward networks
-        dropout: float = 0.5,  # share of hidden units, and of attention weights, dropped in training
+        dropout: float = 0.5,  # share of hidden units and attention weights dropped
     ):
         super().__init__()
         if n_layers < 2 or n_layers % 2:
-            raise ValueError(f"n_layers must be even and at least 2, half of it for each side, got {n_layers}")
+            raise ValueError(f"n_layers must be even and at least 2, half a side, got {n_layers}")
         sizes = (hidden_size, n_heads, inner_size, dropout)
         self.encoder = nn.ModuleList(ContextBlock(*sizes) for _ in range(n_layers // 2))
         self.decoder = nn.ModuleList(InterestDecoderBlock(*sizes) for _ in range(n_layers // 2))
-        self.encoder_norm, self.decoder_norm = (nn.LayerNorm(hidden_size, eps=1e-12) for _ in range(2))
+        self.encoder_norm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.decoder_norm = nn.LayerNorm(hidden_size, eps=1e-12)
 
     def forward(
         self,
-        x: Tensor,  # `[B, L, D]`, items with their positions
+        x: Tensor,  # `[B, L, D]`, items with positions added
         item_pad_mask: Tensor,  # `[B, L]`, True where there is no item
         interest_emb: Tensor,  # `[B, Q, D]`, interests of each history, Q at least 1
         interest_pad_mask: Tensor,  # `[B, Q]`, True where there is no interest
         return_attention: bool = False,  # also return the weights of every block
-        asked: Tensor | None = None,  # `[B]` the position of each row that is wanted; default: all
-    ) -> tuple:  # `[B, L, D]` (`[B, 1, D]` with `asked`), context `[B, Q, D]`; if asked for, the weights by side
+        asked: Tensor | None = None,  # `[B]`, the one position of each row to compute; default: all
+    ) -> tuple:  # `[B, L, D]` (or `[B, 1, D]`), context `[B, Q, D]`; if asked for, weights by side
         "Encode the interests, then let the items look at them."
         B, L, D = check_shape(x, "B L D").shape
         check_shape(item_pad_mask, "B L", B=B, L=L)
         Q = check_shape(interest_emb, "B Q D", B=B, D=D).shape[1]
         check_shape(interest_pad_mask, "B Q", B=B, Q=Q)
-        weights = {"context": [], "items": [], "interests": []}
-        context = _encode_context(self, interest_emb, interest_pad_mask, weights if return_attention else None)
-        rows = torch.arange(B, device=x.device)
-        for place, block in enumerate(self.decoder):
-            some = x if asked is None or place < len(self.decoder) - 1 else x[rows, asked][:, None]
+        hidden = _to_hide(interest_pad_mask)
+        context, weights = interest_emb, {"context": [], "items": [], "interests": []}
+        for block in self.encoder:
+            found = block(context, hidden, return_attention=return_attention)
+            context, *seen = found if return_attention else (found,)
+            weights["context"] += seen
+        context, rows = self.encoder_norm(context), torch.arange(B, device=x.device)
+        for block in self.decoder:
+            is_some = asked is not None and block is self.decoder[-1]
+            some = x[rows, asked][:, None] if is_some else x
             x, found = block(some, x, item_pad_mask, context, interest_pad_mask, return_attention)
-            for name, part in zip(("items", "interests"), found): weights[name].append(part)
+            for name, seen in zip(("items", "interests"), found): weights[name].append(seen)
         y = self.decoder_norm(x)
         return (y, context, weights) if return_attention else (y, context)
 
-# %% ../../nbs/35_blocks.interest_decoder.ipynb #encode-context
-def _encode_context(model, interests, interest_pad_mask, weights):
-    "Run the context encoder; add its weights to the dictionary `weights`, if there is one."
-    hidden = interest_pad_mask & ~interest_pad_mask.all(1, keepdim=True)
-    for block in model.encoder:
-        interests = block(interests, hidden, return_attention=weights is not None)
-        if weights is None: continue
-        interests, found = interests
-        weights["context"].append(found)
-    return model.encoder_norm(interests)
+# %% ../../nbs/35_blocks.interest_decoder.ipynb #look-once
+def _look_once(attention, q, context, hidden):
+    "Answer one query a row `[B, H, 1, D/H]` without keys and values; also return `[B, H, 1, Q]`."
+    key, value = attention.key_value.weight.unflatten(0, (2, attention.n_heads, -1))  # [H, D/H, D]
+    bias = attention.key_value.bias.unflatten(0, (2, attention.n_heads, -1))[1]  # [H, D/H]
+    questions = torch.einsum("bhd,hdf->bhf", q[:, :, 0] / q.shape[-1] ** 0.5, key)  # [B, H, D]
+    blind = questions.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None]
+    weights = (questions @ context.mT.to(questions) + blind).softmax(-1)  # [B, H, Q]
+    used = attention.dropout(weights)
+    seen = used.to(context) @ context  # [B, H, D]
+    y = torch.einsum("bhf,hdf->bhd", seen, value) + used.sum(-1, keepdim=True) * bias
+    return y[:, :, None], weights[:, :, None]

@@ -16,7 +16,6 @@ import difflib
 import gzip
 import hashlib
 import http.client
-import io
 import json
 import re
 import time
@@ -28,16 +27,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import polars as pl
 from tqdm.auto import tqdm
 
-from ..artifacts import atomic_path, download, file_sha256, fingerprint, provenance, read_json, write_json
-from .interactions import (TEST, TRAIN, VALID, Interactions, Split, Table, _check_content,
-                                        _explain_bad_text, _line_of_row, _open_source, _read_delimited, encode_tokens,
-                                        parse_times, read_interactions)
+from ..artifacts import (atomic_path, download, file_sha256, fingerprint, provenance,
+                                read_json, write_json)
+from .interactions import (TEST, TRAIN, VALID, Interactions, Split, Table,
+                                        _check_content, _explain_bad_text, _line_of_row,
+                                        _open_source, _read_delimited, encode_tokens, parse_times,
+                                        read_interactions)
 from .items import IMAGE_SUFFIXES, ItemTable, clean_text, image_problem, read_items
 
 # %% ../../nbs/13_data.sources.ipynb #raw-tables
@@ -45,70 +47,94 @@ from .items import IMAGE_SUFFIXES, ItemTable, clean_text, image_problem, read_it
 class RawTables:
     "Hold what a source gives, in the form that the pages on interactions and items take."
     source: str  # name with its release, such as `"Amazon Reviews 2018, Prime_Pantry"`
-    interactions: pl.DataFrame  # user_id, item_id (text), rating (number or null), timestamp (number); as in the file
-    items: pl.DataFrame  # item_id, text columns, perhaps image_urls; an item without description has no row
+    interactions: pl.DataFrame  # user_id, item_id (text), rating (or null), timestamp (number)
+    items: pl.DataFrame  # item_id, text columns, perhaps image_urls; no row if not described
     notes: tuple[str, ...] = ()  # what was left out or is missing, a sentence each
     terms: str = ""  # conditions of use, and what to cite
 
     def __repr__(self):
-        fields = ", ".join(self.items.columns[1:])
-        known = f"{self.items.height:,} items with {fields}" if self.items.height else "no items"
+        n_items, fields = self.items.height, ", ".join(self.items.columns[1:])
+        known = f"{n_items:,} items with {fields}" if n_items else "no items"
         first = f"RawTables({self.source}: {self.interactions.height:,} events, {known})"
-        return "\n".join([first, *(f"  {note}" for note in self.notes), *([f"  {self.terms}"] if self.terms else [])])
+        return "\n  ".join(filter(None, [first, *self.notes, self.terms]))
 
     def events(self) -> Interactions:
         "Check and sort the events: see `read_interactions`."
         return replace(read_interactions(self.interactions), source=self.source)
 
-    def item_table(self, image_folder: str | Path | None = None,
-                   text_columns: Sequence[str] | None = None) -> ItemTable:
-        "Split the texts into sentences and find the pictures: see `read_items`."
-        if not self.items.height: raise ValueError(f"{self.source}: no item is described; read the metadata as well")
-        return replace(read_items(self.items, image_folder, text_columns=text_columns), source=self.source)
+    def item_table(
+        self,
+        image_folder: str | Path | None = None,  # folder with the images
+        text_columns: Sequence[str] | None = None,  # text columns in reading order; `None`: all
+    ) -> ItemTable:
+        "Split the texts into sentences and find the images: see `read_items`."
+        if not self.items.height:
+            raise ValueError(f"{self.source}: no item is described; read the metadata as well")
+        table = read_items(self.items, image_folder, text_columns=text_columns)
+        return replace(table, source=self.source)
 
-    def write(self, folder: str | Path, **record) -> Path:
-        "Write `interactions.parquet`, `items.parquet` and, last, `source.json` (with `record`) into a folder."
+    def write(
+        self,
+        folder: str | Path,  # gets `interactions.parquet`, `items.parquet` and, last, `source.json`
+        **record,  # what else `source.json` shall hold
+    ) -> Path:  # the folder
+        "Write both tables and the record."
         folder = Path(folder)
         (folder / "source.json").unlink(missing_ok=True)
         for name in ("interactions", "items"):
-            with atomic_path(folder / f"{name}.parquet") as path: getattr(self, name).write_parquet(path)
-        write_json(folder / "source.json", {"source": self.source, "notes": self.notes, "terms": self.terms, **record})
+            with atomic_path(folder / f"{name}.parquet") as path:
+                getattr(self, name).write_parquet(path)
+        about = {"source": self.source, "notes": self.notes, "terms": self.terms}
+        write_json(folder / "source.json", about | record)
         return folder
 
     @classmethod
-    def read(cls, folder: str | Path) -> "RawTables":
+    def read(
+        cls,
+        folder: str | Path,  # where `write` has written
+    ) -> "RawTables":
         "Read what `write` has written."
-        folder = Path(folder)
-        record = read_json(folder / "source.json")
-        tables = [pl.read_parquet(folder / f"{name}.parquet", glob=False) for name in ("interactions", "items")]
-        return cls(record["source"], *tables, tuple(record["notes"]), record["terms"])
+        about = read_json(Path(folder) / "source.json")
+        paths = (Path(folder) / f"{name}.parquet" for name in ("interactions", "items"))
+        tables = [pl.read_parquet(path, glob=False) for path in paths]
+        return cls(about["source"], *tables, tuple(about["notes"]), about["terms"])
+
+# %% ../../nbs/13_data.sources.ipynb #refuse
+def _refuse(table, bad, problem, column=None):
+    "Raise a `ValueError` about the first row where `bad` holds; `{}` in `problem` is its value."
+    if not bad.any(): return
+    row = bad.arg_max()
+    value = column and table.frame[column][row]
+    shown = problem.replace("{}", repr(value) if value else "that is missing")
+    raise ValueError(f"{table.locate(row)}: {shown} (rows like this: {bad.sum():,})")
+
+# %% ../../nbs/13_data.sources.ipynb #existing
+def _existing(path):
+    "Turn a name into a `Path`; raise a `FileNotFoundError` if nothing is there."
+    if Path(path).exists(): return Path(path)
+    raise FileNotFoundError(f"{path} does not exist (looked from {Path.cwd()}); check the path")
 
 # %% ../../nbs/13_data.sources.ipynb #event-table
 _EVENT_COLUMNS = ("user_id", "item_id", "rating", "timestamp")
 
 def _event_table(table, source):
     "Check text columns with the names of `_EVENT_COLUMNS`; return the events and notes."
-    frame, notes = table.frame, []
+    frame, notes = table.frame.with_columns(pl.all().str.strip_chars()), []
     for column in ("user_id", "item_id"):
-        missing = (frame[column].is_null() | (frame[column].str.strip_chars() == "")).fill_null(True)
-        if missing.any(): raise ValueError(f"{table.locate(missing.arg_max())} ({source}): {column} is empty (rows "
-                                           f"like this: {missing.sum():,}); the file is damaged, fetch it again")
-    columns = {name: frame[name].str.strip_chars() for name in ("user_id", "item_id")}
-    columns["rating"] = pl.Series([None], dtype=pl.Float64).new_from_index(0, frame.height)
+        _refuse(table, frame[column].fill_null("") == "",
+                f"{column} is empty ({source}); the file is damaged, fetch it again")
+    rating = pl.lit(None, pl.Float64)
     if "rating" in frame.columns:
-        columns["rating"] = frame["rating"].str.strip_chars().cast(pl.Float64, strict=False).fill_nan(None)
-        if n := columns["rating"].null_count(): notes.append(f"events without a rating, which stay: {n:,}")
+        rating = frame["rating"].cast(pl.Float64, strict=False).fill_nan(None)
+        if n := rating.null_count(): notes.append(f"events without a rating, which stay: {n:,}")
     if "timestamp" in frame.columns:
-        columns["timestamp"] = parse_times(frame["timestamp"])
-        if (missing := columns["timestamp"].is_null()).any():
-            row = missing.arg_max()
-            shown = repr(frame["timestamp"][row]) if frame["timestamp"][row] else "that is missing"
-            raise ValueError(f"{table.locate(row)} ({source}): the time {shown} is neither a number nor an ISO date "
-                             f"(rows like this: {missing.sum():,}); correct or remove the row")
+        times = parse_times(frame["timestamp"])
+        problem = f"the time {{}} is no number and no ISO date ({source}); correct the row"
+        _refuse(table, times.is_null(), problem, "timestamp")
     else:
-        columns["timestamp"] = pl.int_range(frame.height, eager=True)
+        times = pl.int_range(frame.height, eager=True)
         notes.append("there are no times: the order of the rows stands for them")
-    return pl.DataFrame({name: columns[name] for name in _EVENT_COLUMNS}), notes
+    return frame.select("user_id", "item_id", rating=rating, timestamp=times), notes
 
 # %% ../../nbs/13_data.sources.ipynb #source
 @dataclass(frozen=True)
@@ -119,224 +145,229 @@ class Source:
     hosts: tuple[str, ...]  # addresses of folders that hold the files; mirrors after the first
     files: tuple[str, ...]  # paths of the files below a host; `{}` stands for the category
     terms: str  # conditions of use, and what to cite
-    categories: tuple[str, ...] = ()  # the parts that can be fetched; none: the data set is one piece
-    md5: str | None = None  # published checksum; `"file"`: published beside the file, as `<file>.md5`
+    categories: tuple[str, ...] = ()  # parts that can be fetched; none: the set is one piece
+    md5: str | None = None  # published checksum; `"file"`: it lies beside the file, `<file>.md5`
 
 # %% ../../nbs/13_data.sources.ipynb #categories
 _CATEGORIES = {
     "2014": """Amazon_Instant_Video Apps_for_Android Automotive Baby Beauty Books CDs_and_Vinyl
-        Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music Electronics Grocery_and_Gourmet_Food
-        Health_and_Personal_Care Home_and_Kitchen Kindle_Store Movies_and_TV Musical_Instruments Office_Products
-        Patio_Lawn_and_Garden Pet_Supplies Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games Video_Games""",
-    "2018": """AMAZON_FASHION All_Beauty Appliances Arts_Crafts_and_Sewing Automotive Books CDs_and_Vinyl
-        Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music Electronics Gift_Cards
-        Grocery_and_Gourmet_Food Home_and_Kitchen Industrial_and_Scientific Kindle_Store Luxury_Beauty
-        Magazine_Subscriptions Movies_and_TV Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies
-        Prime_Pantry Software Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games Video_Games""",
-    "2023": """All_Beauty Amazon_Fashion Appliances Arts_Crafts_and_Sewing Automotive Baby_Products
-        Beauty_and_Personal_Care Books CDs_and_Vinyl Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry
-        Digital_Music Electronics Gift_Cards Grocery_and_Gourmet_Food Handmade_Products Health_and_Household
-        Health_and_Personal_Care Home_and_Kitchen Industrial_and_Scientific Kindle_Store Magazine_Subscriptions
-        Movies_and_TV Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies Software
-        Sports_and_Outdoors Subscription_Boxes Tools_and_Home_Improvement Toys_and_Games Unknown Video_Games""",
+        Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music Electronics
+        Grocery_and_Gourmet_Food Health_and_Personal_Care Home_and_Kitchen Kindle_Store
+        Movies_and_TV Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies
+        Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games Video_Games""",
+    "2018": """AMAZON_FASHION All_Beauty Appliances Arts_Crafts_and_Sewing Automotive Books
+        CDs_and_Vinyl Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music
+        Electronics Gift_Cards Grocery_and_Gourmet_Food Home_and_Kitchen
+        Industrial_and_Scientific Kindle_Store Luxury_Beauty Magazine_Subscriptions Movies_and_TV
+        Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies Prime_Pantry
+        Software Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games Video_Games""",
+    "2023": """All_Beauty Amazon_Fashion Appliances Arts_Crafts_and_Sewing Automotive
+        Baby_Products Beauty_and_Personal_Care Books CDs_and_Vinyl Cell_Phones_and_Accessories
+        Clothing_Shoes_and_Jewelry Digital_Music Electronics Gift_Cards Grocery_and_Gourmet_Food
+        Handmade_Products Health_and_Household Health_and_Personal_Care Home_and_Kitchen
+        Industrial_and_Scientific Kindle_Store Magazine_Subscriptions Movies_and_TV
+        Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies Software
+        Sports_and_Outdoors Subscription_Boxes Tools_and_Home_Improvement Toys_and_Games Unknown
+        Video_Games""",
 }
 _CITATIONS = {
-    "2014": "R. He, J. McAuley: Ups and downs (WWW 2016) and J. McAuley et al.: Image-based recommendations on styles "
-            "and substitutes (SIGIR 2015)",
-    "2018": "J. Ni, J. Li, J. McAuley: Justifying recommendations using distantly-labeled reviews and fine-grained "
-            "aspects (EMNLP 2019)",
-    "2023": "Y. Hou et al.: Bridging language and items for retrieval and recommendation (arXiv 2403.03952, 2024)",
+    "2014": "R. He, J. McAuley: Ups and downs (WWW 2016) and J. McAuley et al.: Image-based "
+            "recommendations on styles and substitutes (SIGIR 2015)",
+    "2018": "J. Ni, J. Li, J. McAuley: Justifying recommendations using distantly-labeled reviews "
+            "and fine-grained aspects (EMNLP 2019)",
+    "2023": "Y. Hou et al.: Bridging language and items for retrieval and recommendation (arXiv "
+            "2403.03952, 2024)",
 }
+
+# %% ../../nbs/13_data.sources.ipynb #movielens-table
+_GROUPLENS = ("https://files.grouplens.org/datasets/movielens/",)
+_MOVIELENS_TERMS = ("GroupLens: for research, with acknowledgement; no commercial use without "
+                    "permission; pass copies on only as the README in the archive allows. Cite "
+                    "F. M. Harper, J. A. Konstan: The MovieLens datasets: history and context "
+                    "(TiiS 2015).")
+_MD5 = {"1M": "c4d9eecfca2ab87c1945afe126590906", "10M": "ce571fd55effeba0271552578f2648bd",
+        "20M": "cd245b17a1ae2cc31bb14903e1204af3", "25M": "6b51fb2759a8657d3bfcbfc42b592ada",
+        "32M": "d472be332d4daa821edc399621853b57", "latest-small": "file"}
+_MOVIELENS = {f"movielens-{release.lower()}": Source(
+    f"MovieLens {release}", "ratings, titles with years, genres; no pictures, no abstracts",
+    _GROUPLENS, (f"ml-{release.lower()}.zip",), _MOVIELENS_TERMS, md5=md5)
+    for release, md5 in _MD5.items()}
 
 # %% ../../nbs/13_data.sources.ipynb #sources
-def _amazon_source(release, hosts, files, contents):
-    terms = ("No licence is stated; texts and pictures belong to Amazon and its sellers: for research, not to be "
-             f"passed on. Cite {_CITATIONS[release]}.")
-    return Source(f"Amazon Reviews {release}", contents, hosts, files, terms, tuple(_CATEGORIES[release].split()))
+_UCSD = ("https://mcauleylab.ucsd.edu/public_datasets/data/",
+         "https://datarepo.eng.ucsd.edu/mcauley_group/data/")
+_SNAP = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
+_IN_2023 = ("title, description, features, categories, brand (the store), links to pictures in "
+            "three sizes; times in ms")
+_AMAZON = {  # name -> hosts, file of ratings, file of metadata, contents
+    "2014": ((_UCSD[0] + "amazon/categoryFiles/", _SNAP), "ratings_{}.csv", "meta_{}.json.gz",
+             "title, description, categories, brand, one link to a small picture"),
+    "2018": (tuple(host + "amazon_v2/" for host in _UCSD), "categoryFilesSmall/{}.csv",
+             "metaFiles2/meta_{}.json.gz",
+             "title, description, features, categories, brand, links to pictures of full size"),
+    **{name: (tuple(host + "amazon_2023/" for host in _UCSD),
+              f"benchmark/{core}/rating_only/{{}}.csv.gz",
+              "raw/meta_categories/meta_{}.jsonl.gz", _IN_2023 + end)
+       for name, core, end in (("2023", "5core", "; 5-core"), ("2023-0core", "0core", ""))}}
 
-def _movielens_source(name, md5):
-    terms = ("GroupLens: for research, with acknowledgement; no commercial use without permission; pass copies on only "
-             "as the README in the archive allows. Cite F. M. Harper, J. A. Konstan: The MovieLens datasets: history "
-             "and context (TiiS 2015).")
-    title = f"MovieLens {name.upper() if name[0].isdigit() else name}"
-    return Source(title, "ratings, titles with years, genres; no pictures, no abstracts",
-                  ("https://files.grouplens.org/datasets/movielens/",), (f"ml-{name}.zip",), terms, md5=md5)
+SOURCES = {f"amazon-{name}": Source(
+    f"Amazon Reviews {name[:4]}", contents, hosts, (ratings, metadata),
+    "No licence is stated; texts and pictures belong to Amazon and its sellers: for research, not "
+    f"to be passed on. Cite {_CITATIONS[name[:4]]}.", tuple(_CATEGORIES[name[:4]].split()))
+    for name, (hosts, ratings, metadata, contents) in _AMAZON.items()} | _MOVIELENS
 
-_UCSD = ("https://mcauleylab.ucsd.edu/public_datasets/data/", "https://datarepo.eng.ucsd.edu/mcauley_group/data/")
-_IN_2018 = "title, description, features, categories, brand, links to pictures of full size"
-_IN_2023 = "title, description, features, categories, brand (the store), links to pictures in three sizes; times in ms"
+# %% ../../nbs/13_data.sources.ipynb #choose
+def _choose(problem, word, words, remedy):
+    "Raise a `ValueError` that names the nearest words, unless the word is one of them."
+    if word in words: return
+    near = " or ".join(difflib.get_close_matches(word, words, 3, 0) if word else list(words)[:3])
+    raise ValueError(f"{problem} {word!r}; did you mean {near}? {remedy} {', '.join(words)}")
 
-SOURCES = {
-    "amazon-2014": _amazon_source(
-        "2014",
-        (_UCSD[0] + "amazon/categoryFiles/", "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"),
-        ("ratings_{}.csv", "meta_{}.json.gz"), "title, description, categories, brand, one link to a small picture"),
-    "amazon-2018": _amazon_source(
-        "2018", tuple(host + "amazon_v2/" for host in _UCSD),
-        ("categoryFilesSmall/{}.csv", "metaFiles2/meta_{}.json.gz"), _IN_2018),
-    "amazon-2023": _amazon_source(
-        "2023", tuple(host + "amazon_2023/" for host in _UCSD),
-        ("benchmark/5core/rating_only/{}.csv.gz", "raw/meta_categories/meta_{}.jsonl.gz"), _IN_2023 + "; 5-core"),
-    "amazon-2023-0core": _amazon_source(
-        "2023", tuple(host + "amazon_2023/" for host in _UCSD),
-        ("benchmark/0core/rating_only/{}.csv.gz", "raw/meta_categories/meta_{}.jsonl.gz"), _IN_2023),
-    "movielens-1m": _movielens_source("1m", "c4d9eecfca2ab87c1945afe126590906"),
-    "movielens-10m": _movielens_source("10m", "ce571fd55effeba0271552578f2648bd"),
-    "movielens-20m": _movielens_source("20m", "cd245b17a1ae2cc31bb14903e1204af3"),
-    "movielens-25m": _movielens_source("25m", "6b51fb2759a8657d3bfcbfc42b592ada"),
-    "movielens-32m": _movielens_source("32m", "d472be332d4daa821edc399621853b57"),
-    "movielens-latest-small": _movielens_source("latest-small", "file"),
-}
-
-# %% ../../nbs/13_data.sources.ipynb #source-files
+# %% ../../nbs/13_data.sources.ipynb #find-source
 def _find_source(name):
     "Return the `Source` and the category (or `None`) of a name."
     key, _, category = name.partition(":")
-    nearest = lambda word, words: difflib.get_close_matches(word, words, 3, 0) if word else list(words)[:3]
-    if key not in SOURCES:
-        raise ValueError(f"no source {key!r}; did you mean {' or '.join(nearest(key, SOURCES))}? There are "
-                         f"{', '.join(SOURCES)}")
-    source = SOURCES[key]
-    if not source.categories and category: raise ValueError(f"{source.title} has no categories: write {key!r}")
-    if source.categories and category not in source.categories:
-        raise ValueError(f"{source.title} has no category {category!r}; did you mean "
-                         f"{' or '.join(nearest(category, source.categories))}? Write {key}:<category> with one of "
-                         f"{', '.join(source.categories)}")
-    return source, category or None
+    _choose("no source", key, SOURCES, "There are")
+    title, categories = SOURCES[key].title, SOURCES[key].categories
+    if category and not categories: raise ValueError(f"{title} has no categories: write {key!r}")
+    remedy = f"Write {key}:<category> with one of"
+    if categories: _choose(f"{title} has no category", category, categories, remedy)
+    return SOURCES[key], category or None
 
+# %% ../../nbs/13_data.sources.ipynb #source-files
 def source_files(
     name: str,  # such as `"amazon-2018:Prime_Pantry"` or `"movielens-1m"`
 ) -> dict[str, tuple[str, ...]]:  # name of each file -> its addresses
     "List the files of a source; a `ValueError` names the sources and categories that exist."
     source, category = _find_source(name)
     paths = [path.format(category) for path in source.files]
-    return {path.rpartition("/")[2]: tuple(host + path for host in source.hosts) for path in paths}
+    return {Path(path).name: tuple(host + path for host in source.hosts) for path in paths}
 
 # %% ../../nbs/13_data.sources.ipynb #plain-table
 def _plain_table(content, name, separator, header):
     "Read bytes or a path as a `Table` of text columns in which quotes mean nothing."
-    options = dict(separator=separator, has_header=header, infer_schema=False, quote_char=None)
-    if not isinstance(content, bytes): options["glob"] = False
-    try: frame = pl.read_csv(content if isinstance(content, bytes) else str(content), **options)
+    try: frame = pl.read_csv(content, separator=separator, has_header=header, infer_schema=False,
+                             quote_char=None, glob=False)
     except pl.exceptions.PolarsError as error: _explain_bad_text(content, separator, name, error)
-    rows = None
-    if frame.height and all(frame[column].null_count() for column in frame.columns):
-        filled = ~frame.select(pl.all_horizontal(pl.all().is_null())).to_series().to_numpy()
-        frame, rows = frame.filter(filled), np.flatnonzero(filled)
-    if frame.height == 0: raise ValueError(f"{name}: no rows; fetch the file again")
-    def locate(row):
-        row = int(row if rows is None else rows[row]) - (not header)
-        return f"{name}, line {_line_of_row(content, row, separator, False)}"
-    return Table(frame, name, locate)
+    filled = frame.select(pl.any_horizontal(pl.all().is_not_null())).to_series()
+    if not filled.any(): raise ValueError(f"{name}: no rows; fetch the file again")
+    row_of = lambda row: int(filled.arg_true()[row]) - (not header)
+    line = lambda row: _line_of_row(content, row_of(row), separator, False)
+    frame = frame if filled.all() else frame.filter(filled)
+    return Table(frame, name, lambda row: f"{name}, line {line(row)}")
+
+# %% ../../nbs/13_data.sources.ipynb #named-columns
+def _named_columns(content, name, columns, source):
+    "Read some columns of a CSV file with a header as a `Table` of text; their name -> ours."
+    table = _read_delimited(content, ",", None, name)
+    missing, there = [old for old in columns if old not in table.frame], table.frame.columns
+    if missing: raise ValueError(f"{name}, line 1: no column {missing[0]!r}; there are "
+                                 f"{', '.join(map(repr, there))}. Is this {source}?")
+    frame = table.frame.select(pl.col(old).alias(new) for old, new in columns.items())
+    return replace(table, frame=frame)
 
 # %% ../../nbs/13_data.sources.ipynb #read-ratings
-_ORDERS = {"2014": ("user_id", "item_id", "rating", "timestamp"), "2018": ("item_id", "user_id", "rating", "timestamp"),
+_ORDERS = {"2014": ("user_id", "item_id", "rating", "timestamp"),
+           "2018": ("item_id", "user_id", "rating", "timestamp"),
            "2023": ("user_id", "parent_asin", "rating", "timestamp")}
 
 def _read_ratings(path, release):
     "Read a ratings file as a `Table` with the columns of `_EVENT_COLUMNS`, as text."
-    try: name, _, content = _open_source(path)
-    except zlib.error as error:
-        raise ValueError(f"{Path(path).name}: the compressed file is damaged ({error}); fetch it again") from None
-    order = ",".join(_ORDERS[release])
-    with (io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")) as file:
-        first = file.readline(4096).decode(errors="replace").lstrip("\ufeff").strip().split(",")
-    has_header = not re.fullmatch(r"-?[\d.]+", first[-1].strip())
-    if (release == "2023") != has_header:
-        raise ValueError(f"{name}, line 1: {','.join(first)!r} does not begin a ratings file of Amazon Reviews "
-                         f"{release} ({order}, {'with' if release == '2023' else 'without'} a header): name the right "
-                         "release")
-    if release == "2023":
-        table = _read_delimited(content, ",", None, name)
-        if missing := [column for column in _ORDERS["2023"] if column not in table.frame.columns]:
-            raise ValueError(f"{name}, line 1: no column {missing[0]!r}; Amazon Reviews 2023 has {order}")
-        return replace(table, frame=table.frame.select(_ORDERS["2023"]).rename({"parent_asin": "item_id"}))
+    name, _, content = _open_source(path)
+    with (gzip.open if isinstance(content, bytes) else open)(path, "rb") as file:
+        first = file.readline(4096).decode("utf-8-sig", errors="replace").strip()
+    source, order = f"Amazon Reviews {release}", ",".join(_ORDERS[release])
+    has_header, wanted = not re.search(r"(^|,)\s*-?[\d.]+$", first), release == "2023"
+    if has_header != wanted:
+        order += f", with{'' if wanted else 'out'} a header"
+        raise ValueError(f"{name}, line 1: {first!r} does not begin a ratings file of {source} "
+                         f"({order}): name the right release")
+    names = dict(zip(_ORDERS[release], _EVENT_COLUMNS))
+    if wanted: return _named_columns(content, name, names, source)
     table = _plain_table(content, name, ",", header=False)
     if table.frame.width != 4:
-        raise ValueError(f"{name}, line 1: {table.frame.width} fields; Amazon Reviews {release} has 4 ({order})")
-    return replace(table, frame=table.frame.rename(dict(zip(table.frame.columns, _ORDERS[release]))))
+        raise ValueError(f"{name}, line 1: {table.frame.width} fields; {source} has 4 ({order})")
+    table.frame.columns = _ORDERS[release]
+    return table
 
 # %% ../../nbs/13_data.sources.ipynb #check-order
 _ASIN = r"^(B[0-9A-Z]{9}|[0-9]{9}[0-9X])$"
 
 def _check_order(frame, name, release):
     "Raise a `ValueError` if the users look like products and the products do not."
-    head = frame.head(10_000)
-    share = {column: head[column].str.contains(_ASIN).fill_null(False).mean() for column in ("user_id", "item_id")}
-    if share["user_id"] > .5 > share["item_id"]:
-        other = {"2014": "2018", "2018": "2014"}.get(release)
-        raise ValueError(f"{name}: read as Amazon Reviews {release} ({', '.join(_ORDERS[release][:2])}), products "
-                         f"stand in the place of users, such as {head['user_id'][0]!r}; " +
-                         (f"the file is of Amazon Reviews {other}" if other else "two columns are exchanged"))
+    products = pl.col("user_id", "item_id").str.contains(_ASIN).fill_null(False)
+    user, item = frame.head(10_000).select(products.mean()).row(0)
+    if not user > .5 > item: return
+    other = {"2014": "2018", "2018": "2014"}.get(release)
+    meaning = f"the file is of Amazon Reviews {other}" if other else "two columns are exchanged"
+    order, example = ", ".join(_ORDERS[release][:2]), frame["user_id"][0]
+    raise ValueError(f"{name}: read as Amazon Reviews {release} ({order}), products stand in the "
+                     f"place of users, such as {example!r}; {meaning}")
 
 # %% ../../nbs/13_data.sources.ipynb #in-seconds
-_LAST_YEAR = {"2014": 2014, "2018": 2018, "2023": 2023}
-
 def _in_seconds(frame, name, release):
     "Turn milliseconds into seconds; raise a `ValueError` if an event is younger than its release."
-    times = frame["timestamp"]
-    large = times.abs() > 100_000_000_000
+    large = frame["timestamp"].abs() > 100_000_000_000
+    if large.any() and not large.all():
+        raise ValueError(f"{name}: {large.sum():,} times are milliseconds and the others seconds; "
+                         "bring them to one unit")
     if large.all():
-        seconds = times.to_numpy() / 1000
-        whole = seconds.astype(np.int64)
-        frame = frame.with_columns(timestamp=pl.Series(whole if (whole == seconds).all() else seconds))
-    elif large.any(): raise ValueError(f"{name}: {large.sum():,} times are milliseconds and the others seconds; "
-                                       "bring them to one unit")
-    newest = frame["timestamp"].max()
-    if newest >= datetime.datetime(_LAST_YEAR[release] + 1, 1, 1, tzinfo=datetime.timezone.utc).timestamp():
-        raise ValueError(f"{name}: an event of the year {1970 + int(newest / 31_556_952)}, but Amazon Reviews "
-                         f"{release} ends in {_LAST_YEAR[release]}; the file is of a later release")
+        seconds = pl.Series(frame["timestamp"].to_numpy() / 1000)
+        frame = frame.with_columns(timestamp=parse_times(seconds))
+    newest, end = frame["timestamp"].max(), datetime.datetime(int(release) + 1, 1, 1)
+    if newest >= end.replace(tzinfo=datetime.timezone.utc).timestamp():
+        raise ValueError(f"{name}: an event of the year {1970 + int(newest / 31_556_952)}, but "
+                         f"Amazon Reviews {release} ends in {release}; the file is of a later one")
     return frame
 
 # %% ../../nbs/13_data.sources.ipynb #drop-repeated
 def _drop_repeated(frame):
-    "Keep the first of rows that are equal in every column; return the frame and the number of rows dropped."
-    twice = frame.hash_rows().is_duplicated()
-    if not twice.any(): return frame, 0
-    suspects = frame.with_row_index("row").filter(twice)
-    first = suspects.unique(frame.columns, keep="first", maintain_order=True)["row"].to_numpy()
-    keep = ~twice.to_numpy()
-    keep[first] = True
-    return frame.filter(keep), int((~keep).sum())
+    "Keep the first of rows equal in every column; return the frame and the number dropped."
+    kept = frame.unique(keep="first", maintain_order=True)
+    return kept, frame.height - kept.height
 
 # %% ../../nbs/13_data.sources.ipynb #parse-record
 _RELATED = re.compile(rb"'related': \{[^{}]*\},? ?")
 
 def _parse_record(line, literal, place):
     "Turn one line into a dictionary, without running anything."
-    try: record = ast.literal_eval(_RELATED.sub(b"", line).decode().strip()) if literal else json.loads(line)
+    literally = lambda line: ast.literal_eval(_RELATED.sub(b"", line).decode().strip())
+    kind, read = ("a Python literal", literally) if literal else ("valid JSON", json.loads)
+    try: record = read(line)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{place}: not {'a Python literal' if literal else 'valid JSON'} "
-                         f"({getattr(error, 'msg', None) or error}); fetch the file again") from None
-    if not isinstance(record, dict): raise ValueError(f"{place}: not a record {{...}}; fetch the file again")
-    return record
+        problem = getattr(error, "msg", None) or error
+        raise ValueError(f"{place}: not {kind} ({problem}); fetch the file again") from None
+    if isinstance(record, dict): return record
+    raise ValueError(f"{place}: not a record {{...}}; fetch the file again")
 
 # %% ../../nbs/13_data.sources.ipynb #numbered-lines
 def _numbered_lines(path):
-    "Yield number and bytes of each line that is not blank; raise a `ValueError` where a packed file is damaged."
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path} does not exist (looked from {Path.cwd()}); check the path")
+    "Yield number and bytes of each line that is not blank; refuse a damaged compressed file."
+    path, number = _existing(path), 0
     with open(path, "rb") as file: packed = file.read(2) == b"\x1f\x8b"
-    number = 0
     try:
         with (gzip.open if packed else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip(): yield number, line
     except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path.name}, after line {number:,}: the compressed file is damaged ({error}); fetch it "
-                         "again") from None
+        raise ValueError(f"{path.name}, after line {number:,}: the compressed file is damaged "
+                         f"({error}); fetch it again") from None
 
 # %% ../../nbs/13_data.sources.ipynb #fields
 _FIELDS = {  # release -> our column -> the record's keys, the first that holds something
-    "2014": {"item_id": ["asin"], "title": ["title"], "description": ["description"], "features": [],
-             "categories": ["categories"], "brand": ["brand"], "image_urls": ["imUrl"]},
-    "2018": {"item_id": ["asin"], "title": ["title"], "description": ["description"], "features": ["feature"],
-             "categories": ["category"], "brand": ["brand"], "image_urls": ["imageURLHighRes", "imageURL", "image"]},
-    "2023": {"item_id": ["parent_asin"], "title": ["title"], "description": ["description"], "features": ["features"],
-             "categories": ["categories"], "brand": ["store"], "image_urls": ["images"]},
+    "2014": {"item_id": ["asin"], "title": ["title"], "description": ["description"],
+             "features": [], "categories": ["categories"], "brand": ["brand"],
+             "image_urls": ["imUrl"]},
+    "2018": {"item_id": ["asin"], "title": ["title"], "description": ["description"],
+             "features": ["feature"], "categories": ["category"], "brand": ["brand"],
+             "image_urls": ["imageURLHighRes", "imageURL", "image"]},
+    "2023": {"item_id": ["parent_asin"], "title": ["title"], "description": ["description"],
+             "features": ["features"], "categories": ["categories"], "brand": ["store"],
+             "image_urls": ["images"]},
 }
-_MARKS = {"2014": {"imUrl", "salesRank"}, "2023": {"parent_asin", "main_category", "bought_together"},
-          "2018": {"also_buy", "also_view", "main_cat", "tech1", "imageURL", "imageURLHighRes"}}
+_MARKS = {"2014": {"imUrl", "salesRank"},
+          "2018": {"also_buy", "also_view", "main_cat", "tech1", "imageURL", "imageURLHighRes"},
+          "2023": {"parent_asin", "main_category", "bought_together"}}
 _ITEM_SCHEMA = {"item_id": pl.String, "title": pl.String, "description": pl.List(pl.String),
                 "features": pl.List(pl.String), "categories": pl.String, "brand": pl.String,
                 "image_urls": pl.List(pl.String)}
@@ -347,199 +378,236 @@ def _strings(value):
     if isinstance(value, (list, tuple)): return [text for each in value for text in _strings(each)]
     return [value] if isinstance(value, str) and value.strip() else []
 
+# %% ../../nbs/13_data.sources.ipynb #links
 def _links(value):
-    "Return the address of each picture, from strings or from dictionaries of sizes."
-    values = value if isinstance(value, (list, tuple)) else [value]
-    links = [next((each[size] for size in ("large", "hi_res", "thumb") if each.get(size)), None)
-             if isinstance(each, dict) else each for each in values]
-    return list(dict.fromkeys(link.strip() for link in links if isinstance(link, str) and link.strip()))
+    "Return the address of each image, from strings or from dictionaries of sizes."
+    sizes = lambda each: filter(None, map(each.get, ("large", "hi_res", "thumb")))
+    pick = lambda each: next(sizes(each), None) if isinstance(each, dict) else each
+    links = map(pick, value if isinstance(value, (list, tuple)) else [value])
+    return list(dict.fromkeys(text.strip() for link in links for text in _strings(link)))
+
+# %% ../../nbs/13_data.sources.ipynb #mend-2018
+def _mend_2018(fields, counts):
+    "Repair the texts of a record of 2018 in place; count what is dropped."
+    if any("getTime" in text for text in fields["title"]):
+        fields["title"] = []
+        counts["titles that were scripts of the web page, and were dropped"] += 1
+    clean = takewhile(lambda text: "</span>" not in text, fields["categories"])
+    fields["categories"] = list(clean)
+    fields["brand"] = [re.sub(r"^by\s+", "", text) for text in fields["brand"]]
 
 # %% ../../nbs/13_data.sources.ipynb #item-record
 def _item_record(record, release, max_field_chars, counts):
     "Turn a metadata record into a row with the columns of `_ITEM_SCHEMA`; count what is dropped."
-    take = lambda column: next((record[key] for key in _FIELDS[release][column] if record.get(key)), None)
-    row = {"item_id": str(take("item_id")).strip(), "image_urls": _links(take("image_urls"))}
-    title, brand, categories = (_strings(take(column)) for column in ("title", "brand", "categories"))
-    if release == "2018":
-        if any("getTime" in text for text in title):
-            title = []
-            counts["titles that were scripts of the web page, and were dropped"] += 1
-        cut = next((k for k, text in enumerate(categories) if "</span>" in text), None)
-        categories = categories[:cut]
-        brand = [re.sub(r"^by\s+", "", text) for text in brand]
-    fields = {"title": title, "description": _strings(take("description")), "features": _strings(take("features")),
-              "categories": list(dict.fromkeys(categories)), "brand": brand}
+    values = {column: next(filter(None, map(record.get, keys)), None)
+              for column, keys in _FIELDS[release].items()}
+    row = {"item_id": str(values.pop("item_id")).strip()}
+    row["image_urls"] = _links(values.pop("image_urls"))
+    fields = {column: _strings(value) for column, value in values.items()}
+    if release == "2018": _mend_2018(fields, counts)
     for column, texts in fields.items():
+        if column == "categories": texts = dict.fromkeys(texts)
         texts = [text for text in map(clean_text, texts) if text]
         if max_field_chars is not None and len(" ".join(texts)) >= max_field_chars:
             texts = []
             counts[f"fields of {max_field_chars:,} characters or more, which were emptied"] += 1
-        joiner = ", " if column == "categories" else " "
-        row[column] = texts if _ITEM_SCHEMA[column] == pl.List(pl.String) else (joiner.join(texts) or None)
+        if _ITEM_SCHEMA[column] == pl.String:
+            texts = (", " if column == "categories" else " ").join(texts) or None
+        row[column] = texts
     return row
 
 # %% ../../nbs/13_data.sources.ipynb #check-release
 def _check_release(line, place, release):
     "Raise a `ValueError` if the first line of metadata has the fields of another release."
     _check_content(line[:4096], ".jsonl", place.partition(",")[0])
-    try: record = json.loads(line)
-    except (ValueError, RecursionError):
-        try: record = _parse_record(line, True, place)
-        except ValueError: record = _parse_record(line, release == "2014", place)
-    n_marks = {key: len(marks & set(record)) for key, marks in _MARKS.items()}
-    likely = max(n_marks, key=n_marks.get)
-    if n_marks[release] == 0 < n_marks[likely]:
-        raise ValueError(f"{place}: metadata of Amazon Reviews {likely}, not {release}; name the right release")
-    if (key := _FIELDS[release]["item_id"][0]) not in record:
-        raise ValueError(f"{place}: no field {key!r}, so these are not metadata of Amazon Reviews {release}; there are "
-                         f"{', '.join(map(repr, record))}")
+    literal = release == "2014"
+    try: record = _parse_record(line, literal, place)
+    except ValueError as error:
+        try: record = _parse_record(line, not literal, place)
+        except ValueError: raise error from None
+    likely = [key for key, marks in _MARKS.items() if marks & record.keys()]
+    if likely and release not in likely: raise ValueError(
+        f"{place}: metadata of Amazon Reviews {likely[0]}, not {release}; name the right release")
+    key, = _FIELDS[release]["item_id"]
+    if key not in record: raise ValueError(
+        f"{place}: no field {key!r}, so these are not metadata of Amazon Reviews {release}; there "
+        f"are {', '.join(map(repr, record))}")
 
 # %% ../../nbs/13_data.sources.ipynb #read-metadata
 _ID_PATTERNS = {"2014": rb"'asin':\s*'([^'\\]*)'", "2018": rb'"asin":\s*"([^"\\]*)"',
                 "2023": rb'"parent_asin":\s*"([^"\\]*)"'}
 
 def _read_metadata(path, release, wanted, max_field_chars, progress):
-    "Return the table of the wanted items and notes."
+    "Return the table of the wanted items, notes, and an item as example."
     name, literal, pattern = Path(path).name, release == "2014", re.compile(_ID_PATTERNS[release])
     rows, counts, example = {}, Counter(), None
-    for number, line in tqdm(_numbered_lines(path), desc=f"read {name}", unit=" lines", disable=not progress):
+    for number, line in tqdm(_numbered_lines(path), f"read {name}", unit=" lines",
+                             disable=not progress):
         if example is None: _check_release(line, f"{name}, line {number}", release)
         tokens = [token.decode(errors="replace") for token in pattern.findall(line)]
-        example = example or (tokens[0] if tokens else "")
-        if tokens and not any(token in wanted for token in tokens): continue
-        row = _item_record(_parse_record(line, literal, f"{name}, line {number:,}"), release, max_field_chars, counts)
-        token = row["item_id"]
-        if token in rows: counts["further descriptions of an item, of which the first stays"] += 1
-        elif token in wanted: rows[token] = row
+        example = example or next(iter(tokens), "")
+        if tokens and wanted.isdisjoint(tokens): continue
+        record = _parse_record(line, literal, f"{name}, line {number:,}")
+        row = _item_record(record, release, max_field_chars, counts)
+        if row["item_id"] in wanted and rows.setdefault(row["item_id"], row) is not row:
+            counts["further descriptions of an item, of which the first stays"] += 1
     if example is None: raise ValueError(f"{name}: the file is empty; fetch it again")
-    columns = {key: [row[key] for row in rows.values()] for key in _ITEM_SCHEMA}
-    return pl.DataFrame(columns, schema=_ITEM_SCHEMA), [f"{what}: {n:,}" for what, n in counts.items()], example
+    items = pl.DataFrame(list(rows.values()), _ITEM_SCHEMA)
+    return items, [f"{what}: {n:,}" for what, n in counts.items()], example
+
+# %% ../../nbs/13_data.sources.ipynb #check-described
+def _check_described(items, example, rated, source, files):
+    "Raise a `ValueError` if hardly any rated item is described; note how many are not."
+    n_rated, n = len(rated), len(rated.intersection(items["item_id"]))
+    if n < .1 * n_rated: raise ValueError(
+        f"{source}: {files[1]} describes only {n:,} of the {n_rated:,} items of {files[0]} (items "
+        f"there: {min(rated)!r}, here: {example!r}); they do not belong together, use files of one "
+        "release and category")
+    return [f"rated items that are not described: {n_rated - n:,} of {n_rated:,}"] * (n < n_rated)
 
 # %% ../../nbs/13_data.sources.ipynb #read-amazon
+_COPIES = "events equal to another in user, item, rating and time, which were dropped"
+
 def read_amazon(
     release: str | int,  # 2014, 2018 or 2023
     ratings: str | Path,  # ratings file of a category, perhaps packed (.gz)
-    metadata: str | Path | None = None,  # metadata file of the same release and category, perhaps packed
+    metadata: str | Path | None = None,  # metadata of the same release and category
     *,
-    with_metadata_only: bool = False,  # drop events of items that are not described, as UniSRec and MISSRec do
+    with_metadata_only: bool = False,  # drop events of undescribed items, as UniSRec and MISSRec do
     keep_repeated_rows: bool = False,  # keep rows that are equal in user, item, rating and time
-    max_field_chars: int | None = None,  # empty text fields of at least so many characters (UniSRec: 2,000)
+    max_field_chars: int | None = None,  # empty texts of so many characters (UniSRec: 2,000)
     progress: bool = False,  # show a progress bar
 ) -> RawTables:
     """Read the ratings and metadata of one category of Amazon Reviews.
 
-    Raises `FileNotFoundError`, or a `ValueError` that names file, line and remedy; also if the releases are mixed."""
+    Raises `FileNotFoundError`, or a `ValueError` that names file, line and remedy; also if the
+    releases are mixed."""
     release = str(release)
-    if release not in _ORDERS:
-        raise ValueError(f"no release {release!r} of Amazon Reviews; there are {', '.join(_ORDERS)}")
+    _choose("no release", release, _ORDERS, "There are")
+    if with_metadata_only and metadata is None:
+        raise ValueError("with_metadata_only=True needs metadata=...")
     table = _read_ratings(ratings, release)
-    category = re.sub(r"^ratings_|\.csv(\.gz)?$", "", table.name)
-    source = f"Amazon Reviews {release}, {category}"
+    source = f"Amazon Reviews {release}, " + re.sub(r"^ratings_|\.csv(\.gz)?$", "", table.name)
     frame, notes = _event_table(table, source)
     _check_order(frame, table.name, release)
-    frame = _in_seconds(frame, table.name, release)
-    if not keep_repeated_rows:
-        frame, n = _drop_repeated(frame)
-        if n: notes.append(f"events equal to another in user, item, rating and time, which were dropped: {n:,}")
+    frame, n = _in_seconds(frame, table.name, release), 0
+    if not keep_repeated_rows: frame, n = _drop_repeated(frame)
+    if n: notes.append(f"{_COPIES}: {n:,}")
     items = pl.DataFrame(schema=_ITEM_SCHEMA)
     if metadata is not None:
-        rated = frame["item_id"].unique()
-        items, more, example = _read_metadata(metadata, release, set(rated), max_field_chars, progress)
-        notes += more
-        if items.height < .1 * len(rated):
-            raise ValueError(f"{source}: {Path(metadata).name} describes only {items.height:,} of the {len(rated):,} "
-                             f"items of {table.name} (items there: {rated.sort()[0]!r}, here: {example!r}); use files "
-                             "of one release and category")
-        if n := len(rated) - items.height: notes.append(f"rated items that are not described: {n:,} of {len(rated):,}")
+        rated = set(frame["item_id"].unique())
+        items, more, example = _read_metadata(metadata, release, rated, max_field_chars, progress)
+        files = table.name, Path(metadata).name
+        notes += more + _check_described(items, example, rated, source, files)
         if with_metadata_only:
-            described = frame.with_row_index("row").join(items.select("item_id"), on="item_id", how="semi")
-            frame = described.sort("row").drop("row")
-    elif with_metadata_only: raise ValueError("with_metadata_only=True needs metadata=...")
+            frame = frame.filter(pl.col("item_id").is_in(items["item_id"].implode()))
     return RawTables(source, frame, items, tuple(notes), SOURCES[f"amazon-{release}"].terms)
 
 # %% ../../nbs/13_data.sources.ipynb #archive-member
 _MAX_MEMBER = 4_000_000_000  # bytes; the largest file of MovieLens has less than a quarter of it
 
-def _find_file(path, names):
-    "Return `(name, bytes or Path)` of the first of `names` in a folder or zip, at most one folder deep; or `None`."
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path} does not exist (looked from {Path.cwd()}); check the path")
-    if path.is_dir():
-        for name in names:
-            found = [path / name] if (path / name).is_file() else sorted(path.glob(f"*/{name}"))
-            if len(found) > 1: raise ValueError(f"{path}: several folders hold {name}, such as {found[0].parent.name} "
-                                                f"and {found[1].parent.name}; name one of them")
-            if found: return name, found[0]
-        return None
+def _find_member(path, names):
+    "Return name and bytes of the first of `names` in a zip archive; or `None`."
     try:
         with zipfile.ZipFile(path) as archive:
             members = [(PurePosixPath(info.filename), info) for info in archive.infolist()]
-            found = [info for name in names for place, info in members
-                     if place.name == name and len(place.parts) <= 2 and place.parts[0] not in ("..", "/")]
+            found = [(name, info) for name in names for place, info in members if place.name == name
+                     and len(place.parts) <= 2 and place.parts[0] not in ("..", "/")]
             if not found: return None
-            if found[0].file_size > _MAX_MEMBER: raise ValueError(f"{path.name}: {found[0].filename} would unpack to "
-                                                                  f"{found[0].file_size:,} bytes; not read")
-            return PurePosixPath(found[0].filename).name, archive.read(found[0])
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{path.name}: not a whole zip archive ({error}); fetch it again") from None
+            name, info = found[0]
+            if info.file_size > _MAX_MEMBER:
+                raise ValueError(f"{path.name}: {info.filename} would unpack to "
+                                 f"{info.file_size:,} bytes; not read")
+            return name, archive.read(info)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError,
+            RuntimeError) as error:
+        problem = f"not a whole zip archive ({error}); fetch it again"
+        raise ValueError(f"{path.name}: {problem}") from None
+
+# %% ../../nbs/13_data.sources.ipynb #find-file
+def _find_in_folder(path, names):
+    "Return name and `Path` of the first of `names` in a folder, or one folder below; or `None`."
+    for name in names:
+        found = [path / name] if (path / name).is_file() else sorted(path.glob(f"*/{name}"))
+        if len(found) > 1:
+            first, second = (each.parent.name for each in found[:2])
+            raise ValueError(f"{path}: several folders hold {name}, such as {first} and {second}; "
+                             "name one of them")
+        if found: return name, found[0]
+
+# %% ../../nbs/13_data.sources.ipynb #find-any
+def _find_file(path, *names, optional=False):
+    "Return name and content (bytes or `Path`) of the first of `names`."
+    path = _existing(path)
+    found = (_find_in_folder if path.is_dir() else _find_member)(path, names)
+    if found or optional: return found
+    raise FileNotFoundError(f"{path}: neither {' nor '.join(names)} in it; name the archive")
 
 # %% ../../nbs/13_data.sources.ipynb #natural-title
-_ARTICLES = ("The|A|An|La|Le|Les|L'|Il|Lo|I|Gli|El|Los|Las|Un|Une|Una|Der|Die|Das|Ein|Eine|O|Os|As|Den|Det|En|Ett|De|"
-             "Het")
+_ARTICLES = ("The|A|An|La|Le|Les|L'|Il|Lo|I|Gli|El|Los|Las|Un|Une|Una|Der|Die|Das|Ein|Eine|O|Os|As|"
+             "Den|Det|En|Ett|De|Het")
 _FILED = re.compile(rf"([^()]+), ({_ARTICLES})(?=\s*(?:[()]|$))")
 
 def _natural_title(title):
     "Move articles to the front: `\"Matrix, The (1999)\"` becomes `\"The Matrix (1999)\"`."
-    return _FILED.sub(lambda found: found[2] + ("" if found[2].endswith("'") else " ") + found[1], title.strip())
+    space = lambda article: "" if article.endswith("'") else " "
+    return _FILED.sub(lambda found: found[2] + space(found[2]) + found[1], title.strip())
 
-# %% ../../nbs/13_data.sources.ipynb #read-movies
+# %% ../../nbs/13_data.sources.ipynb #film-rows
+_FILMS = {"movieId": "item_id", "title": "title", "genres": "categories"}
+_LINKS = {"movieId": "item_id", "imdbId": "imdb_id", "tmdbId": "tmdb_id"}
+
 def _decoded(content):
     "Decode a small file: UTF-8 if it is, Latin-1 otherwise."
     data = content if isinstance(content, bytes) else content.read_bytes()
     try: return data.decode("utf-8-sig")
     except UnicodeDecodeError: return data.decode("latin-1")
 
-def _named_columns(content, name, columns):
-    "Read some columns of a CSV file with a header as a `Table` of text."
-    table = _read_delimited(content, ",", None, name)
-    missing = [column for column in columns if column not in table.frame.columns]
-    if missing: raise ValueError(f"{name}, line 1: no column {missing[0]!r}; there are "
-                                 f"{', '.join(map(repr, table.frame.columns))}. Is this MovieLens?")
-    return replace(table, frame=table.frame.select(columns))
+# %% ../../nbs/13_data.sources.ipynb #film-table
+def _film_rows(name, content):
+    "Read the rows of movies.dat or movies.csv as a `Table` of item_id, title and categories."
+    if name.endswith(".csv"): return _named_columns(content, name, _FILMS, "MovieLens")
+    rows = [line.rstrip("\r").split("::") for line in _decoded(content).rstrip().split("\n")]
+    for number, row in enumerate(rows, 1):
+        if len(row) == 3 and row[0]: continue
+        raise ValueError(f"{name}, line {number}: not of the form MovieID::Title::Genres; "
+                         "fetch it again")
+    frame = pl.DataFrame(rows, dict.fromkeys(_FILMS.values(), pl.String), orient="row")
+    return Table(frame, name, lambda row: name)
 
+# %% ../../nbs/13_data.sources.ipynb #read-movies
 def _read_movies(path):
     "Read the films of MovieLens: item_id, title, categories, year, perhaps imdb_id and tmdb_id."
-    name, content = _find_file(path, ["movies.dat", "movies.csv"]) or (None, None)
-    if name is None: raise FileNotFoundError(f"{path}: neither movies.dat nor movies.csv in it; name the archive")
-    if name.endswith(".csv"): rows = _named_columns(content, name, ("movieId", "title", "genres")).frame.rows()
-    else: rows = [line.rstrip("\r").split("::") for line in _decoded(content).rstrip().split("\n")]
-    bad = next((k for k, row in enumerate(rows) if len(row) != 3 or not row[0]), None if rows else 0)
-    if bad is not None:
-        raise ValueError(f"{name}, line {bad + 1}: not of the form MovieID::Title::Genres; fetch it again")
-    twice = next((token for token, n in Counter(row[0].strip() for row in rows).items() if n > 1), None)
-    if twice is not None: raise ValueError(f"{name}: film {twice!r} occurs more than once; fetch the file again")
-    titles = [_natural_title(row[1] or "") or None for row in rows]
-    years = [re.search(r"\((\d{4})\)\s*$", title or "") for title in titles]
-    genres = [None if row[2] in (None, "(no genres listed)") else row[2].replace("|", ", ") for row in rows]
-    frame = pl.DataFrame({"item_id": [row[0].strip() for row in rows], "title": titles, "categories": genres,
-                          "year": [int(year[1]) if year else None for year in years]},
-                         schema_overrides={"title": pl.String, "categories": pl.String, "year": pl.Int32})
-    if found := _find_file(path, ["links.csv"]):
-        rows = _named_columns(found[1], found[0], ("movieId", "imdbId", "tmdbId")).frame.rows()
-        links = {film: ids for film, *ids in rows}
-        ids = [links.get(film, (None, None)) for film in frame["item_id"]]
-        frame = frame.with_columns(pl.Series("imdb_id", [each[0] for each in ids], dtype=pl.String),
-                                   pl.Series("tmdb_id", [each[1] for each in ids], dtype=pl.String))
-    return frame
+    table = _film_rows(*_find_file(path, "movies.dat", "movies.csv"))
+    films = table.frame.with_columns(pl.col("item_id").str.strip_chars().fill_null(""))
+    _refuse(table, films["item_id"] == "", "a film has no id; fetch the file again")
+    twice = films["item_id"].is_duplicated()
+    _refuse(table, twice, "film {} occurs more than once; fetch the file again", "item_id")
+    titles = [_natural_title(title or "") or None for title in films["title"]]
+    genres = pl.col("categories").str.replace_all("|", ", ", literal=True)
+    films = films.select("item_id", title=pl.Series(titles, dtype=pl.String),
+                         categories=genres.replace({"(no genres listed)": None}))
+    year = pl.col("title").str.extract(r"\((\d{4})\)\s*$").cast(pl.Int32)
+    films = films.with_columns(year=year)
+    if found := _find_file(path, "links.csv", optional=True):
+        links = _named_columns(*found[::-1], _LINKS, "MovieLens").frame
+        links = links.unique("item_id", keep="last")
+        for column in ("imdb_id", "tmdb_id"):
+            known = pl.col("item_id").replace_strict(links["item_id"], links[column], default=None)
+            films = films.with_columns(known.alias(column))
+    return films
 
 # %% ../../nbs/13_data.sources.ipynb #read-colons
+_RATINGS = dict(zip(("userId", "movieId", "rating", "timestamp"), _EVENT_COLUMNS))
+
 def _read_colons(content, name):
     "Read ratings separated by `::` as a `Table`."
     table = _plain_table(content, name, ":", header=False)
     columns = table.frame.get_columns()
-    if len(columns) != 7 or not all((columns[k].fill_null("") == "").all() for k in (1, 3, 5)):
-        raise ValueError(f"{name}: not of the form UserID::MovieID::Rating::Timestamp; fetch it again")
-    return replace(table, frame=pl.DataFrame({name: columns[2 * k] for k, name in enumerate(_EVENT_COLUMNS)}))
+    if len(columns) != 7 or not all((gap.fill_null("") == "").all() for gap in columns[1::2]):
+        raise ValueError(f"{name}: not of the form UserID::MovieID::Rating::Timestamp; "
+                         "fetch it again")
+    return replace(table, frame=pl.DataFrame(dict(zip(_EVENT_COLUMNS, columns[::2]))))
 
 # %% ../../nbs/13_data.sources.ipynb #read-movielens
 def read_movielens(
@@ -549,77 +617,90 @@ def read_movielens(
 
     Raises `FileNotFoundError`, or a `ValueError` that names file, line and remedy."""
     path = Path(path)
-    name, content = _find_file(path, ["ratings.dat", "ratings.csv"]) or (None, None)
-    if name is None: raise FileNotFoundError(f"{path}: neither ratings.dat nor ratings.csv in it; name the archive")
+    name, content = _find_file(path, "ratings.dat", "ratings.csv")
     release = re.sub(r"^ml-|\.zip$", "", path.name.lower().replace("10m100k", "10m"))
-    known = f"movielens-{release}" in SOURCES
-    source = SOURCES[f"movielens-{release if known else 'latest-small'}"]
-    title = source.title if known else f"MovieLens ({path.name})"
-    if name.endswith(".csv"):
-        table = _named_columns(content, name, ("userId", "movieId", "rating", "timestamp"))
-        table = replace(table, frame=table.frame.rename(dict(zip(table.frame.columns, _EVENT_COLUMNS))))
+    source = SOURCES.get(f"movielens-{release}")
+    title = source.title if source else f"MovieLens ({path.name})"
+    if name.endswith(".csv"): table = _named_columns(content, name, _RATINGS, "MovieLens")
     else: table = _read_colons(content, name)
     frame, notes = _event_table(table, title)
     items = _read_movies(path)
-    rated = set(frame["item_id"].unique())
-    if len(rated & set(items["item_id"])) < .1 * len(rated):
-        raise ValueError(f"{title}: the films and the ratings of {path} do not belong together; fetch it again")
-    notes.append("there are no pictures and no abstracts: put posters into a folder as <item_id>.jpg, and abstracts "
-                 "into a column 'text' of the items")
-    return RawTables(title, frame, items, tuple(notes), source.terms)
+    rated, films = set(frame["item_id"].unique()), "the list of films"
+    _check_described(items, items["item_id"][0], rated, title, (name, films))
+    notes.append("there are no pictures and no abstracts: put posters into a folder as "
+                 "<item_id>.jpg, and abstracts into a column 'text' of the items")
+    return RawTables(title, frame, items, tuple(notes), _MOVIELENS_TERMS)
 
 # %% ../../nbs/13_data.sources.ipynb #typed-table
 _ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
 
 def _typed_table(path):
     "Read an atomic file; return a `Table` of text columns without the types, and field -> type."
-    path = Path(path)
     with open(path, "rb") as file: _check_content(file.read(4096), ".tsv", path.name)
-    table = _plain_table(path, path.name, "\t", header=True)
-    types = {}
+    table, types = _plain_table(path, path.name, "\t", header=True), {}
     for column in table.frame.columns:
         field, _, kind = column.strip().partition(":")
         if not field or kind not in _ATOMIC_TYPES or field in types:
-            raise ValueError(f"{path.name}, line 1: {column!r} is not field:type with one of "
-                             f"{', '.join(_ATOMIC_TYPES)}; atomic files have such a header, tabs between the fields, "
-                             "and no field twice")
+            raise ValueError(
+                f"{path.name}, line 1: {column!r} is not field:type with one of "
+                f"{', '.join(_ATOMIC_TYPES)}; atomic files have such a header, tabs between the "
+                "fields, and no field twice")
         types[field] = kind
-    text = pl.all()
-    quoted = text.str.contains(r'^".*"$')
-    inside = text.str.strip_prefix('"').str.strip_suffix('"').str.replace_all('""', '"', literal=True)
-    plain = pl.when(quoted).then(inside).otherwise(text)
-    return replace(table, frame=table.frame.rename(dict(zip(table.frame.columns, types))).select(plain)), types
+    inside = pl.all().str.extract(r'^"(.*)"$').str.replace_all('""', '"', literal=True)
+    frame = table.frame.select(inside.fill_null(pl.all()))
+    return replace(table, frame=frame.rename(dict(zip(frame.columns, types)))), types
 
 # %% ../../nbs/13_data.sources.ipynb #typed-columns
 def _typed_columns(table, types):
-    "Turn float fields into numbers and float_seq fields into lists of numbers; a `ValueError` names a bad line."
+    "Turn float fields into numbers and float_seq fields into lists of numbers."
     columns = []
     for field, kind in types.items():
-        values = table.frame[field]
-        if kind == "float": new = values.str.strip_chars().cast(pl.Float64, strict=False).fill_nan(None)
-        elif kind == "float_seq":
-            new = values.str.strip_chars().str.split(" ").cast(pl.List(pl.Float64), strict=False)
-        else: new = values
-        broken = new.is_null() & values.is_not_null() if kind != "float_seq" else new.list.eval(
-            pl.element().is_null()).list.any().fill_null(False)
-        broken = broken & (values.str.to_lowercase().fill_null("nan") != "nan")
-        if broken.any(): raise ValueError(f"{table.locate(broken.arg_max())}: {values[broken.arg_max()]!r} in field "
-                                          f"{field!r} is not {kind}; correct the row or the type in the header")
-        columns.append(new.alias(field))
+        column = table.frame[field]
+        if kind.startswith("float"):
+            parts = column.str.strip_chars().str.split(" ")
+            numbers = parts.cast(pl.List(pl.Float64), strict=False)
+            bad = numbers.list.eval(pl.element().is_null()).list.any()
+            if kind == "float": bad |= numbers.list.len() > 1
+            problem = f"{{}} in field {field!r} is not {kind}; correct the row or the header"
+            _refuse(table, bad.fill_null(False), problem, field)
+            column = numbers.list.first().fill_nan(None) if kind == "float" else numbers
+        columns.append(column)
     return pl.DataFrame(columns)
 
-# %% ../../nbs/13_data.sources.ipynb #read-atomic
-_ATOMIC_NAMES = {"movie_title": "title", "book_title": "title", "class": "categories", "genre": "categories"}
+# %% ../../nbs/13_data.sources.ipynb #need-fields
+def _need_fields(name, types, needed, problem=None):
+    "Raise a `ValueError` unless the fields have the types `needed` (`None`: any type)."
+    there = ", ".join(f"{field}:{kind}" for field, kind in types.items())
+    for field, kind in needed.items():
+        if field in types and kind in (types[field], None): continue
+        problem = problem or f"no field {field}:{kind or 'token'}"
+        raise ValueError(f"{name}, line 1: {problem}; there are {there}")
 
+# %% ../../nbs/13_data.sources.ipynb #atomic-name
 def _atomic_name(folder, end):
     "Find the data set of a folder by the one file that ends in `end`."
-    folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f"{folder} does not exist or is not a folder")
     found = sorted(path.name[:-len(end)] for path in folder.glob(f"*{end}"))
     if len(found) == 1: return found[0]
-    raise ValueError(f"{folder}: " + (f"several data sets ({', '.join(found)}); choose with name='...'" if found else
-                                      f"no file that ends in {end}; name the folder of the data set"))
+    if not found: raise ValueError(f"{folder}: no file that ends in {end}; name the right folder")
+    raise ValueError(f"{folder}: several data sets ({', '.join(found)}); choose with name='...'")
 
+# %% ../../nbs/13_data.sources.ipynb #atomic-items
+_ATOMIC_NAMES = {"movie_title": "title", "book_title": "title", "class": "categories",
+                 "genre": "categories"}
+
+def _atomic_items(path):
+    "Read the items of an atomic data set, item_id first."
+    table, types = _typed_table(path)
+    _need_fields(path.name, types, {"item_id": None})
+    items = _typed_columns(table, types)
+    _refuse(table, items["item_id"].is_duplicated(),
+            "item {} is described more than once; keep one row an item", "item_id")
+    new = {field: _ATOMIC_NAMES.get(field, field) for field in items.columns}
+    if len(set(new.values())) == len(new): items = items.rename(new)
+    return items.select("item_id", pl.exclude("item_id"))
+
+# %% ../../nbs/13_data.sources.ipynb #read-atomic
 def read_atomic(
     folder: str | Path,  # folder with `<name>.inter` and perhaps `<name>.item`
     name: str | None = None,  # name of the data set; `None`: the only one in the folder
@@ -629,133 +710,114 @@ def read_atomic(
     Raises `FileNotFoundError`, or a `ValueError` that names file, line and remedy."""
     folder = Path(folder)
     if any(folder.glob(f"{name or '*'}.train.inter")) and not (folder / f"{name}.inter").exists():
-        raise ValueError(f"{folder}: holds a benchmark with its own split (.train.inter); use read_benchmark")
+        raise ValueError(f"{folder}: holds a benchmark with its own split (.train.inter); use "
+                         "read_benchmark")
     name = name or _atomic_name(folder, ".inter")
-    if not (folder / f"{name}.inter").exists(): raise FileNotFoundError(f"{folder / name}.inter does not exist")
-    table, types = _typed_table(folder / f"{name}.inter")
-    if missing := [field for field in ("user_id", "item_id") if types.get(field) != "token"]:
-        raise ValueError(f"{name}.inter, line 1: no field {missing[0]}:token; there are "
-                         f"{', '.join(f'{field}:{kind}' for field, kind in types.items())}")
+    table, types = _typed_table(_existing(folder / f"{name}.inter"))
+    _need_fields(f"{name}.inter", types, {"user_id": "token", "item_id": "token"})
     frame, notes = _event_table(table, name)
-    items = pl.DataFrame(schema={"item_id": pl.String})
-    if (folder / f"{name}.item").exists():
-        table, types = _typed_table(folder / f"{name}.item")
-        if "item_id" not in types: raise ValueError(f"{name}.item, line 1: no field item_id:token; add one")
-        items = _typed_columns(table, types)
-        if (twice := items["item_id"].is_duplicated()).any():
-            row = twice.arg_max()
-            raise ValueError(f"{table.locate(row)}: item {items['item_id'][row]!r} is described more than once; keep "
-                             "one row an item")
-        new = {field: _ATOMIC_NAMES.get(field, field) for field in items.columns}
-        if len(set(new.values())) == len(new): items = items.rename(new)
-        items = items.select("item_id", *(column for column in items.columns if column != "item_id"))
-    else: notes.append(f"there is no {name}.item: nothing is known about the items")
+    if (folder / f"{name}.item").exists(): items = _atomic_items(folder / f"{name}.item")
+    else:
+        items = pl.DataFrame(schema={"item_id": pl.String})
+        notes.append(f"there is no {name}.item: nothing is known about the items")
     return RawTables(f"{name} (RecBole atomic files)", frame, items, tuple(notes))
 
 # %% ../../nbs/13_data.sources.ipynb #prefix-rows
 _ROW_FIELDS = {"user_id": "token", "item_id_list": "token_seq", "item_id": "token"}
 _STAGE_WORDS = {TRAIN: "train", VALID: "valid", TEST: "test"}
 
+def _stage_rows(path, stage):
+    "Read one file of prefix rows; return its `Table` and user, history, item, length, stage, row."
+    table, types = _typed_table(_existing(path))
+    needed = ", ".join(f"{field}:{kind}" for field, kind in _ROW_FIELDS.items())
+    _need_fields(path.name, types, _ROW_FIELDS, f"a benchmark has the fields {needed}")
+    frame = table.frame.select(pl.col(list(_ROW_FIELDS)).str.strip_chars())
+    for field in _ROW_FIELDS:
+        _refuse(table, frame[field].fill_null("") == "", f"{field} is empty; remove the row")
+    history = frame["item_id_list"].str.replace_all(r"\s+", " ")
+    return table, frame.select(
+        user="user_id", history=history, item="item_id",
+        length=history.str.count_matches(" ", literal=True) + 1, stage=pl.lit(stage, pl.Int8),
+        row=pl.int_range(pl.len()))
+
+# %% ../../nbs/13_data.sources.ipynb #all-stages
 def _prefix_rows(folder, name):
-    "Read the row files: user, history, item, stage, row, length; and the `Table` of each stage."
-    tables, parts, header = {}, [], lambda types: ", ".join(f"{field}:{kind}" for field, kind in types.items())
-    for stage, word in _STAGE_WORDS.items():
-        path = folder / f"{name}.{word}.inter"
-        if not path.exists():
-            if stage == TRAIN: raise FileNotFoundError(f"{path} does not exist; check folder and name")
-            continue
-        table, types = _typed_table(path)
-        if any(types.get(field) != kind for field, kind in _ROW_FIELDS.items()):
-            raise ValueError(f"{path.name}, line 1: a benchmark has the fields {header(_ROW_FIELDS)}; there are "
-                             f"{header(types)}")
-        frame = table.frame.select(pl.col(list(_ROW_FIELDS)).str.strip_chars())
-        for field in _ROW_FIELDS:
-            empty = (frame[field] == "").fill_null(True)
-            if empty.any(): raise ValueError(f"{table.locate(empty.arg_max())}: {field} is empty; remove the row")
-        history = frame["item_id_list"].str.replace_all(r"\s+", " ")
-        tables[stage] = table
-        parts.append(pl.DataFrame({"user": frame["user_id"], "history": history, "item": frame["item_id"],
-                                   "length": history.str.count_matches(" ", literal=True) + 1}).with_columns(
-                                       stage=pl.lit(stage, pl.Int8), row=pl.int_range(pl.len())))
-    return pl.concat(parts), tables
+    "Read the rows of all stages; validation and test rows may be missing."
+    paths = {stage: folder / f"{name}.{word}.inter" for stage, word in _STAGE_WORDS.items()}
+    files = {stage: _stage_rows(path, stage) for stage, path in paths.items()
+             if stage == TRAIN or path.exists()}
+    return (pl.concat([rows for _, rows in files.values()]),
+            {stage: table for stage, (table, _) in files.items()})
 
 # %% ../../nbs/13_data.sources.ipynb #breaks
-def _breaks(rows, user, cap):
-    "Positions of sorted rows that do not continue the row before them, where `cap` is the full length."
-    before = rows.shift(1)
-    joined = before["history"] + " " + before["item"]
-    cut = joined.str.replace(r"^\S+ ", "")
-    grown = (rows["length"] == before["length"] + 1) & (rows["history"] == joined)
-    full = (rows["length"] == before["length"]) & (rows["length"] == cap) & (rows["history"] == cut)
-    return np.flatnonzero(np.append(False, user[1:] == user[:-1]) & ~(grown | full).fill_null(False).to_numpy())
+def _breaks(rows):
+    "Positions of sorted rows that do not continue the row before them."
+    user, history, length = pl.col("user"), pl.col("history"), pl.col("length")
+    joined = history.shift(1) + " " + pl.col("item").shift(1)
+    grown = (length == length.shift(1) + 1) & (history == joined)
+    cut = history == joined.str.replace(r"^\S+ ", "")
+    full = (length == length.shift(1)) & (length == length.max()) & cut
+    broken = (user == user.shift(1)) & ~(grown | full)
+    return rows.select(broken.fill_null(False)).to_series().arg_true()
 
 # %% ../../nbs/13_data.sources.ipynb #sorted-rows
 def _sorted_rows(rows, tables, source):
-    "Sort rows such that each continues the one before it; raise a `ValueError` if no order does."
-    user, user_tokens = encode_tokens(rows["user"])
+    "Sort rows such that each continues the one before it; refuse them if no order does."
     questions = rows.filter(pl.col("stage") != TRAIN)
-    twice = questions.select("user", "stage").is_duplicated()
-    if twice.any(): raise ValueError(f"{source}: user {questions['user'][twice.arg_max()]!r} has several validation or "
-                                     "test rows; this format has one of each")
-    number, cap, best = rows["row"].to_numpy(), rows["length"].max(), None
-    for file_order in (-number, number):
-        order = np.lexsort((file_order, rows["length"].to_numpy(), rows["stage"].to_numpy(), user))
-        breaks = _breaks(rows[order], user[order], cap)
-        if not len(breaks): return rows[order], user[order], user_tokens
-        if best is None or len(breaks) < len(best[1]): best = order, breaks
-    bad, good = (rows.row(int(best[0][best[1][0] - k]), named=True) for k in (0, 1))
-    place = lambda row: tables[row["stage"]].locate(row["row"])
-    raise ValueError(f"{place(bad)}: the history of user {bad['user']!r} does not continue the one of {place(good)} "
-                     f"(rows like this: {len(best[1]):,} of {rows.height:,}); the rows of a user must be prefixes of "
-                     "one history. Were files of two data sets mixed?")
+    twice = questions.filter(questions.select("user", "stage").is_duplicated())
+    if twice.height: raise ValueError(f"{source}: user {twice['user'][0]!r} has several validation "
+                                      "or test rows; this format has one of each")
+    tries = [rows.sort("user", "stage", "length", "row", descending=[False] * 3 + [last_first])
+             for last_first in (True, False)]
+    rows, breaks = min(zip(tries, map(_breaks, tries)), key=lambda each: len(each[1]))
+    if not len(breaks): return rows
+    bad, good = (rows.row(breaks[0] - k, named=True) for k in (0, 1))
+    here, there = (tables[row["stage"]].locate(row["row"]) for row in (bad, good))
+    raise ValueError(f"{here}: the history of user {bad['user']!r} does not continue the one of "
+                     f"{there} (rows like this: {len(breaks):,} of {rows.height:,}). Were files of "
+                     "two data sets mixed? The rows of a user must be prefixes of one history")
 
 # %% ../../nbs/13_data.sources.ipynb #join-rows
 def _join_rows(rows, tables, source):
     "Turn prefix rows into a `Split` of one history for each user."
-    rows, user, user_tokens = _sorted_rows(rows, tables, source)
-    first = np.append(True, user[1:] != user[:-1])
-    base = rows["history"].filter(first).str.split(" ")
-    n_base = base.list.len().to_numpy().astype(np.int64)
-    n_rows = np.diff(np.append(np.flatnonzero(first), len(user)))
-    within = lambda counts: np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    position = np.concatenate([within(n_base), np.repeat(n_base, n_rows) + within(n_rows)])
-    owner = np.concatenate([np.repeat(user[first], n_base), user])
-    stage = np.concatenate([np.full(n_base.sum(), TRAIN, np.int8), rows["stage"].to_numpy()])
-    item, item_tokens = encode_tokens(pl.concat([base.explode(), rows["item"]]))
-    order = np.lexsort((position, owner))
-    events = Interactions(owner[order], item[order] + np.int32(1), position[order], user_tokens,
-                          ["[PAD]"] + item_tokens, source)
-    return Split(events, stage[order])
+    rows = _sorted_rows(rows, tables, source)
+    first = rows.filter(pl.col("user").is_first_distinct())
+    lists, train = pl.col("history").str.split(" "), pl.lit(TRAIN, pl.Int8)
+    start = first.select("user", item=lists, stage=train).explode("item")
+    events = pl.concat([start, rows.select("user", "item", "stage")])
+    user, user_tokens = encode_tokens(events["user"])
+    events = events.with_columns(user=pl.Series(user)).sort("user", maintain_order=True)
+    item, item_tokens = encode_tokens(events["item"])
+    position = events.select(pl.int_range(pl.len()).over("user")).to_series().to_numpy()
+    return Split(Interactions(events["user"].to_numpy(), item + np.int32(1), position, user_tokens,
+                              ["[PAD]", *item_tokens], source), events["stage"].to_numpy())
 
 # %% ../../nbs/13_data.sources.ipynb #item-index
 def _item_index(path):
     "Read `<id> <tab> <index>` lines; return the ids in the order of their indices."
-    pairs = [line.rstrip("\r\n").split("\t") for line in _decoded(path).split("\n") if line.strip()]
-    bad = next((k for k, pair in enumerate(pairs) if len(pair) != 2 or not pair[1].strip().isdecimal()), None)
-    if bad is not None: raise ValueError(f"{path.name}, line {bad + 1}: not an id, a tab and an index")
-    index = [int(pair[1]) for pair in pairs]
-    if sorted(index) != list(range(len(pairs))):
-        raise ValueError(f"{path.name}: the indices must be 0 to {len(pairs) - 1}, each once; make list and dumps anew")
-    names = [""] * len(pairs)
-    for (name, _), place in zip(pairs, index): names[place] = name
-    return names
+    table = _plain_table(path, path.name, "\t", header=False)
+    index = table.frame.to_series(-1).str.strip_chars().cast(pl.Int64, strict=False)
+    _refuse(table, index.is_null() | (table.frame.width != 2), "not an id, a tab and an index")
+    if (index.sort() != pl.int_range(len(index), eager=True)).any():
+        raise ValueError(f"{path.name}: the indices must be 0 to {len(index) - 1}, each once; make "
+                         "list and dumps anew")
+    return table.frame.to_series(0).gather(index.arg_sort()).fill_null("").to_list()
 
 # %% ../../nbs/13_data.sources.ipynb #map-dump
 _DUMPS = {"text": "feat1CLS", "dropped_text": "feat2CLS", "image": "feat3CLS"}
 
 def _map_dump(path, n_rows, feature_size):
     "Map a dump of float32 `[n_rows, feature_size]`, of which one may be unknown (`None`)."
-    size = path.stat().st_size
-    if n_rows is None and feature_size is None:
-        raise ValueError(f"{path.name}: without {path.stem}.item2index its shape is unknown; give feature_size=512 or "
-                         "whatever it is")
-    rows = n_rows if n_rows is not None else size // (4 * feature_size)
-    columns = feature_size if feature_size is not None else size // (4 * rows)
-    if size == 0 or rows * columns * 4 != size:
-        expected = f"{'some' if n_rows is None else n_rows} rows of {feature_size or 'equally many'} 32-bit numbers"
-        raise ValueError(f"{path.name}: {size:,} bytes are not {expected}; the file is cut off, or does not belong to "
-                         f"the list of items ({path.stem}.item2index): fetch it or make it again")
-    return np.memmap(path, "<f4", "r", shape=(rows, columns))
+    size, index = path.stat().st_size, f"{path.stem}.item2index"
+    if n_rows is None and feature_size is None: raise ValueError(
+        f"{path.name}: its shape is unknown without {index}; give feature_size=512 or whatever")
+    shape = [-1 if n is None else n for n in (n_rows, feature_size)]
+    try: return np.memmap(path, "<f4", "r").reshape(shape)
+    except ValueError:
+        rows, columns = ("some" if n is None else n for n in (n_rows, feature_size))
+        raise ValueError(
+            f"{path.name}: {size:,} bytes are not {rows} rows of {columns} 32-bit numbers; the "
+            f"file is cut off, or is not of the list {index}: fetch it or make it again") from None
 
 # %% ../../nbs/13_data.sources.ipynb #benchmark
 @dataclass(frozen=True, eq=False, repr=False)
@@ -763,173 +825,215 @@ class Benchmark:
     "Hold a published split, with the feature dumps of its items."
     name: str  # name of the data set
     split: Split  # one history for each user; positions stand for times
-    dumps: dict[str, list[np.ndarray]]  # `"text"`, `"dropped_text"`, `"image"` -> a map `[n, F]` for each domain
+    dumps: dict[str, list[np.ndarray]]  # kind, as in `features` -> a map `[n, F]` for each domain
     item_domain: np.ndarray  # `[V + 1]` which dump an item is in; padding: -1
     item_row: np.ndarray  # `[V + 1]` its row there
     item_names: list[str]  # `[V + 1]` ids of the items before they were numbered, `"[PAD]"` first
-    texts: pl.DataFrame  # item_id, text: the sentences behind the text dump, where they are published
+    texts: pl.DataFrame  # item_id, text: the sentences behind the text dump, if they are published
     notes: tuple[str, ...] = ()  # what is missing, a sentence each
 
     def __repr__(self):
         events = self.split.interactions
-        lines = [f"Benchmark({self.name}: {events.n_users:,} users, {events.n_items:,} items, {events.n_events:,} "
-                 f"events)", f"  {self.split}"]
-        lines += [f"  {kind}: float32 {' + '.join(str(list(dump.shape)) for dump in dumps)}"
-                  for kind, dumps in self.dumps.items()]
-        return "\n".join(lines + [f"  {note}" for note in self.notes])
+        lines = [f"Benchmark({self.name}: {events.n_users:,} users, {events.n_items:,} items, "
+                 f"{events.n_events:,} events)", str(self.split)]
+        for kind, dumps in self.dumps.items():
+            lines.append(f"{kind}: float32 {' + '.join(str(list(dump.shape)) for dump in dumps)}")
+        return "\n  ".join([*lines, *self.notes])
 
-    def features(self, kind: str) -> np.ndarray:
-        "Copy the rows of the catalogue's items out of a dump, `[V + 1, F]` float32, row 0 zeros."
-        if kind not in self.dumps: raise ValueError(f"{self.name} has no {kind!r} features; there are "
-                                                    f"{', '.join(self.dumps) or 'none'}")
+    def features(
+        self,
+        kind: str,  # `"text"`, `"dropped_text"` or `"image"`
+    ) -> np.ndarray:  # `[V + 1, F]` float32, row 0 zeros
+        "Copy the rows of the catalogue's items out of a dump."
+        if kind not in self.dumps:
+            raise ValueError(f"{self.name} has no {kind!r} features; there are "
+                             f"{', '.join(self.dumps) or 'none'}")
         table = np.zeros((len(self.item_row), self.dumps[kind][0].shape[1]), np.float32)
         for domain, dump in enumerate(self.dumps[kind]):
             here = self.item_domain == domain
             table[here] = dump[self.item_row[here]]
         return table
 
-    def missing_feature_mask(self, kind: str) -> np.ndarray:
-        "Mark items whose row in a dump is all zeros, `[V + 1]` bool, True = missing; padding counts as missing."
+    def missing_feature_mask(
+        self,
+        kind: str,  # as in `features`
+    ) -> np.ndarray:  # `[V + 1]` bool, True = missing; padding counts as missing
+        "Mark items whose row in a dump is all zeros."
         return ~self.features(kind).any(1)
 
 # %% ../../nbs/13_data.sources.ipynb #places
 def _places(tokens, names, source):
-    "Domain and row of each item; `names` holds the ids of each domain in order, or `None` where there is no list."
+    "Domain and row of each item; `names` holds each domain's ids in order, `None` if unlisted."
     parts = [token.split("-", 1) if len(names) > 1 else ["0", token] for token in tokens]
-    if not all(len(part) == 2 and part[0].isdecimal() and part[1].isdecimal() for part in parts):
-        rows = {name: row for row, name in enumerate(names[0] or [])} if len(names) == 1 else {}
-        unknown = [token for token in tokens if token not in rows]
-        if unknown: raise ValueError(f"{source}: item {unknown[0]!r} is neither an index nor in the list of items "
-                                     "(.item2index); use the files of one data set")
-        parts = [("0", str(rows[token])) for token in tokens]
-    domain, row = (np.array([int(part[k]) for part in parts], np.int64) for k in (0, 1))
-    for token, d, r in zip(tokens, domain, row):
-        if d >= len(names) or names[d] is not None and r >= len(names[d]):
-            raise ValueError(f"{source}: item {token!r} is not in the list of items (.item2index); use the files of "
-                             "one data set")
+    if not all(len(part) == 2 and all(map(str.isdecimal, part)) for part in parts):
+        ids = names[0] if len(names) == 1 and names[0] else []
+        rows = {name: str(row) for row, name in enumerate(ids)}
+        parts = [("0", rows.get(token)) for token in tokens]
+    for token, (d, r) in zip(tokens, parts):
+        listed = r is not None and int(d) < len(names)
+        if not listed or names[int(d)] is not None and int(r) >= len(names[int(d)]):
+            raise ValueError(f"{source}: item {token!r} is not in the list of items (.item2index), "
+                             "neither as index nor as id; use the files of one data set")
+    domain, row = np.array(parts, np.int64).reshape(-1, 2).T
     return np.append(-1, domain), np.append(0, row)
 
-# %% ../../nbs/13_data.sources.ipynb #read-benchmark
+# %% ../../nbs/13_data.sources.ipynb #read-texts
 def _read_texts(path, item_names, tokens):
     "Read the sentences of a benchmark, and number the items like the rows."
     if not path.exists(): return pl.DataFrame(schema={"item_id": pl.String, "text": pl.String})
     table, types = _typed_table(path)
-    if not {"item_id", "text"} <= set(types): raise ValueError(f"{path.name}, line 1: no fields item_id:token and "
-                                                               f"text:token_seq; there are {', '.join(types)}")
+    _need_fields(path.name, types, {"item_id": None, "text": None},
+                 "no fields item_id:token and text:token_seq")
     token = dict(zip(item_names[1:], tokens[1:]))
-    rows = [(token[name], text) for name, text in zip(table.frame["item_id"], table.frame["text"]) if name in token]
-    return pl.DataFrame(rows, schema={"item_id": pl.String, "text": pl.String}, orient="row")
+    known = table.frame.filter(pl.col("item_id").is_in(list(token)))
+    return known.select(pl.col("item_id").replace_strict(token), "text")
 
+# %% ../../nbs/13_data.sources.ipynb #map-dumps
+def _map_dumps(folder, domains, names, dumps, feature_size):
+    "Map the dumps of each kind, where all domains have one."
+    maps = {}
+    for kind, suffix in dumps.items():
+        paths = [folder / f"{domain}.{suffix}" for domain in domains]
+        if not all(path.exists() for path in paths): continue
+        sizes = [ids and len(ids) for ids in names]
+        maps[kind] = [_map_dump(path, n, feature_size) for path, n in zip(paths, sizes)]
+    return maps
+
+# %% ../../nbs/13_data.sources.ipynb #check-dumps
+def _check_dumps(maps, item_domain, item_row, name):
+    "Raise a `ValueError` if dumps have too few rows, or different columns."
+    for kind, tables in maps.items():
+        shapes = [list(table.shape) for table in tables]
+        last = [int(item_row[item_domain == d].max(initial=-1)) for d in range(len(tables))]
+        too_few = any(row >= n for row, (n, _) in zip(last, shapes))
+        if too_few or len({size for _, size in shapes}) > 1:
+            raise ValueError(f"{name}: the {kind} dumps have {shapes} rows and columns, but the "
+                             f"largest indices are {last}; use the files of one data set")
+
+# %% ../../nbs/13_data.sources.ipynb #read-benchmark
 def read_benchmark(
-    folder: str | Path,  # folder with `<name>.train.inter`, `.valid.inter`, `.test.inter` and the dumps
+    folder: str | Path,  # with `<name>.train.inter`, `.valid.inter`, `.test.inter` and the dumps
     name: str | None = None,  # name of the data set; `None`: the only one in the folder
     *,
-    feature_size: int | None = None,  # numbers in a row of the dumps; needed only where there is no `.item2index`
+    feature_size: int | None = None,  # numbers in a row of the dumps; needed without `.item2index`
     dumps: Mapping[str, str] = _DUMPS,  # kind of features -> suffix of its file
 ) -> Benchmark:
     """Read prefix rows and feature dumps in the form of UniSRec and MISSRec.
 
-    Raises `FileNotFoundError`, or a `ValueError` if rows contradict each other or a dump has the wrong size."""
+    Raises `FileNotFoundError`, or a `ValueError` if rows contradict each other or a dump has the
+    wrong size."""
     folder = Path(folder)
     name = name or _atomic_name(folder, ".train.inter")
     split = _join_rows(*_prefix_rows(folder, name), name)
     merged = folder / f"{name}.pt_datasets"
-    domains = [part.strip() for part in merged.read_text().split(",")] if merged.exists() else [name]
+    parts = merged.read_text().split(",") if merged.exists() else [name]
+    domains = [part.strip() for part in parts]
     lists = [folder / f"{domain}.item2index" for domain in domains]
     names = [_item_index(path) if path.exists() else None for path in lists]
     tokens = split.interactions.item_tokens
     item_domain, item_row = _places(tokens[1:], names, name)
-    files = {kind: [folder / f"{domain}.{suffix}" for domain in domains] for kind, suffix in dumps.items()}
-    maps = {kind: [_map_dump(path, names[d] and len(names[d]), feature_size) for d, path in enumerate(paths)]
-            for kind, paths in files.items() if all(path.exists() for path in paths)}
-    for kind, tables in maps.items():
-        highest = [item_row[item_domain == d].max(initial=-1) for d in range(len(domains))]
-        if any(h >= len(table) for h, table in zip(highest, tables)) or len({table.shape[1] for table in tables}) > 1:
-            raise ValueError(f"{name}: the {kind} dumps have {[list(table.shape) for table in tables]} rows and "
-                             f"columns, but the largest indices are {[int(h) for h in highest]}; use the files of one "
-                             "data set")
-    item_names = ["[PAD]", *(names[d][r] if names[d] else token for token, d, r in
-                             zip(tokens[1:], item_domain[1:], item_row[1:]))]
-    n_listed = sum(len(part) for part in names if part)
-    n_unused = n_listed - len(tokens) + 1
-    notes = [f"{n_unused:,} of {n_listed:,} listed items occur in no row"] if n_unused > 0 else []
+    maps = _map_dumps(folder, domains, names, dumps, feature_size)
+    _check_dumps(maps, item_domain, item_row, name)
+    item_names = [names[d][r] if d >= 0 and names[d] else token
+                  for token, d, r in zip(tokens, item_domain, item_row)]
+    n_listed = sum(len(ids) for ids in names if ids)
+    n_unused, notes = n_listed - len(tokens) + 1, []
+    if n_unused > 0: notes.append(f"{n_unused:,} of {n_listed:,} listed items occur in no row")
     notes += [f"no {kind} features (.{dumps[kind]})" for kind in dumps if kind not in maps]
     texts = _read_texts(folder / f"{name}.text", item_names, tokens)
     return Benchmark(name, split, maps, item_domain, item_row, item_names, texts, tuple(notes))
 
 # %% ../../nbs/13_data.sources.ipynb #digests
 def _file_md5(path):
+    "Compute the MD5 checksum of a file without reading it into memory."
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
+# %% ../../nbs/13_data.sources.ipynb #side-file
 def _known_sha256(record):
     "Return the digest kept in a side file, or `None` if there is no such file."
     if not record.exists(): return None
     found = re.match(r"[0-9a-f]{64}\b", record.read_text(encoding="utf-8", errors="replace"))
-    if not found: raise ValueError(f"{record}: not a SHA-256 checksum; delete it, then the file is trusted anew")
-    return found[0]
+    if found: return found[0]
+    raise ValueError(f"{record}: not a SHA-256 checksum; delete it, then the file is trusted anew")
+
+# %% ../../nbs/13_data.sources.ipynb #trust
+def _trust(url, path, md5):
+    "Raise a `ValueError` and remove the file if it is a web page or has another MD5 checksum."
+    with open(path, "rb") as file: page = re.match(rb"\s*<(?i:!doctype|html)", file.read(1024))
+    problem = page and ("a web page arrived in place of the file; the publisher may have moved it")
+    if not page and md5 is not None and (got := _file_md5(path)) != md5:
+        problem = (f"the MD5 checksum is {got}, the publisher's is {md5}; the file was removed. "
+                   "Fetch it again; if that does not help, the publisher has changed it")
+    if not problem: return
+    path.unlink()
+    raise ValueError(f"{url}: {problem}")
 
 # %% ../../nbs/13_data.sources.ipynb #fetch-file
 def fetch_file(
-    urls: str | Sequence[str],  # address, or several of one file: the next is tried if nothing arrives from one
+    urls: str | Sequence[str],  # address, or several of one file: the next if nothing arrives
     path: str | Path,  # where the file shall be; its digest lies beside it as `<name>.sha256`
     md5: str | None = None,  # checksum that the publisher gives
     progress: bool = True,  # show a progress bar
 ) -> Path:  # the path
     """Fetch a file once; on later calls, check it against the digest of the first time.
 
-    Raises `ConnectionError` if it did not arrive whole (call again to continue), `ValueError` if it is not the file."""
+    Raises `ConnectionError` if it did not arrive whole (call again to continue), `ValueError` if
+    it is not the file."""
     path, urls, problems = Path(path), [urls] if isinstance(urls, str) else list(urls), []
-    record = path.with_name(f"{path.name}.sha256")
+    record, part = (path.with_name(path.name + end) for end in (".sha256", ".part"))
     known = _known_sha256(record)
     for url in urls:
         try: download(url, path, known, progress)
         except ConnectionError as error: problems.append(str(error))
         else: break
-        if path.with_name(f"{path.name}.part").exists() or url == urls[-1]: raise ConnectionError("; ".join(problems))
+        if part.exists() or url == urls[-1]: raise ConnectionError("; ".join(problems))
     if known is None:
-        with open(path, "rb") as file: page = re.match(rb"\s*<(?i:!doctype|html)", file.read(1024))
-        if page:
-            path.unlink()
-            raise ValueError(f"{url}: a web page arrived in place of the file; the publisher may have moved it")
-        if md5 is not None and (got := _file_md5(path)) != md5:
-            path.unlink()
-            raise ValueError(f"{url}: the MD5 checksum is {got}, the publisher's is {md5}; the file was removed. Fetch "
-                             "it again; if that does not help, the publisher has changed it")
-        with atomic_path(record) as temporary: temporary.write_text(f"{file_sha256(path)}  {path.name}\n")
+        _trust(url, path, md5)
+        with atomic_path(record) as temporary:
+            temporary.write_text(f"{file_sha256(path)}  {path.name}\n")
     return path
+
+# %% ../../nbs/13_data.sources.ipynb #request-bytes
+def _request_bytes(url, max_bytes):
+    "Ask once for a body; raise `ConnectionError(problem, wait)` if it may help to ask later."
+    request = urllib.request.Request(url, headers={"User-Agent": "mmseqrec (research data set)"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            data, length = response.read(max_bytes + 1), response.headers["Content-Length"]
+    except urllib.error.HTTPError as error:
+        error.close()
+        problem, wait = f"the server answered {error.code}", error.headers.get("Retry-After") or ""
+        if error.code not in (429, 500, 502, 503, 504): raise ValueError(problem) from None
+        raise ConnectionError(problem, min(float(wait), 60) if wait.isdecimal() else None) from None
+    except http.client.InvalidURL as error: raise ValueError(str(error)) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionError(str(error), None) from None
+    if len(data) > max_bytes: raise ValueError(f"more than {max_bytes:,} bytes")
+    if length is not None and len(data) != int(length):
+        raise ConnectionError(f"{len(data)} of {length} bytes arrived", None)
+    return data
 
 # %% ../../nbs/13_data.sources.ipynb #get-bytes
 def _get_bytes(url, max_bytes, attempts=3):
-    "Return the body of an answer; raise `ConnectionError` if it may help to ask later, `ValueError` if not."
-    if not re.match(r"https?://", url, re.IGNORECASE): raise ValueError("not a web address (http or https)")
+    "Return the body of an answer; raise `ConnectionError` if later may help, `ValueError` if not."
+    if not re.match(r"https?://", url, re.IGNORECASE):
+        raise ValueError("not a web address (http or https)")
     for attempt in range(attempts):
-        try:
-            request = urllib.request.Request(url, headers={"User-Agent": "mmseqrec (research data set)"})
-            with urllib.request.urlopen(request, timeout=30) as response:
-                data, length = response.read(max_bytes + 1), response.headers["Content-Length"]
-            if len(data) > max_bytes: raise ValueError(f"more than {max_bytes:,} bytes")
-            if length is not None and len(data) != int(length): raise OSError(f"{len(data)} of {length} bytes arrived")
-            return data
-        except urllib.error.HTTPError as error:
-            error.close()
-            problem, wait = f"the server answered {error.code}", error.headers.get("Retry-After") or ""
-            if error.code not in (429, 500, 502, 503, 504): raise ValueError(problem) from None
-            pause = min(float(wait), 60) if wait.isdecimal() else 2. ** attempt
-        except http.client.InvalidURL as error: raise ValueError(str(error)) from None
-        except (OSError, http.client.HTTPException) as error: problem, pause = str(error), 2. ** attempt
-        if attempt + 1 < attempts: time.sleep(pause)
+        try: return _request_bytes(url, max_bytes)
+        except ConnectionError as error: problem, wait = error.args
+        if attempt + 1 < attempts: time.sleep(2. ** attempt if wait is None else wait)
     raise ConnectionError(problem)
 
 # %% ../../nbs/13_data.sources.ipynb #fetch-picture
-_KINDS = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"RIFF", ".webp"), (b"BM", ".bmp"))
+_KINDS = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
 
 def _fetch_picture(url, folder, stem, max_bytes):
-    "Fetch one picture to `folder/stem` with the suffix of its kind; raise `ConnectionError` or `ValueError`."
+    "Fetch one image to `folder/stem` with its suffix; raise `ConnectionError` or `ValueError`."
     data = _get_bytes(url, max_bytes)
-    suffix = next((suffix for start, suffix in _KINDS if data.startswith(start)), None)
+    suffix = next((suffix for start, suffix in _KINDS.items() if data.startswith(start)), None)
     if suffix is None: raise ValueError("not a picture (JPEG, PNG, WebP, GIF or BMP)")
     with atomic_path(folder / f"{stem}{suffix}") as temporary:
         temporary.write_bytes(data)
@@ -939,39 +1043,64 @@ def _fetch_picture(url, folder, stem, max_bytes):
 _FILE_NAME = re.compile(r"[^\x00-\x1f/\\:*?\"<>|.][^\x00-\x1f/\\:*?\"<>|]{0,199}")
 
 def _picture_names(items, per_item):
-    "List `(item, file name without suffix, link)` of the pictures to fetch, and `(item, link, problem)` of bad ids."
-    links = items if isinstance(items, Mapping) else dict(items.select("item_id", "image_urls").iter_rows())
+    "List `(item, link, file name without suffix)` of the images to fetch, and of bad ids why."
+    if isinstance(items, pl.DataFrame): items = dict(items.select("item_id", "image_urls").rows())
+    links = {item: [urls] if isinstance(urls, str) else urls or [] for item, urls in items.items()}
     wanted, problems = [], []
     for item, urls in links.items():
-        urls = [urls] if isinstance(urls, str) else list(urls or [])[:per_item]
-        if urls and not _FILE_NAME.fullmatch(item):
-            problems.append((item, urls[0], "the id cannot be the name of a file"))
-            continue
-        for place, url in enumerate(urls):
-            names = [item] if place == 0 else [f"{item}{mark}{place}" for mark in "_-"]
-            stem = next((name for name in names if place == 0 or name not in links), None)
-            if stem is None: problems.append((item, url, "another item has the name of this file"))
-            else: wanted.append((item, stem, url))
+        for number, url in enumerate(urls[:per_item]):
+            if not _FILE_NAME.fullmatch(item):
+                problems.append((item, url, "the id cannot be the name of a file"))
+                break
+            names = [f"{item}{mark}{number}" for mark in "_-"] if number else [item]
+            stem = next((name for name in names if not number or name not in links), None)
+            if stem: wanted.append((item, url, stem))
+            else: problems.append((item, url, "another item has the name of this file"))
     return wanted, problems
 
-# %% ../../nbs/13_data.sources.ipynb #download-images
+# %% ../../nbs/13_data.sources.ipynb #image-downloads
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageDownloads:
-    "Say what became of the links to pictures."
+    "Say what became of the links to images."
     n_fetched: int  # new files
     n_present: int  # files that were there
     n_without_link: int  # items that have no link at all
     problems: list[tuple[str, str, str]]  # item, link, what is wrong
 
     def __repr__(self):
-        lines = [f"{self.n_fetched:,} pictures fetched, {self.n_present:,} were there, {len(self.problems):,} links "
-                 f"failed, {self.n_without_link:,} items have no link"]
-        lines += [f"  {item}: {problem} ({url})" for item, url, problem in self.problems[:10]]
-        return "\n".join(lines + [f"  and {len(self.problems) - 10:,} more"] * (len(self.problems) > 10))
+        more = len(self.problems) - 10
+        lines = [f"{self.n_fetched:,} pictures fetched, {self.n_present:,} were there, "
+                 f"{len(self.problems):,} links failed, {self.n_without_link:,} items have no link"]
+        lines += [f"{item}: {problem} ({url})" for item, url, problem in self.problems[:10]]
+        return "\n  ".join(lines + [f"and {more:,} more"] * (more > 0))
 
+# %% ../../nbs/13_data.sources.ipynb #fetch-all
+def _fetch_all(jobs, folder, failed, max_bytes, workers, pause, progress):
+    "Fetch `(item, link, file name)`; return item, link and problem of those that failed."
+    silent = [0]  # links in a row that did not answer
+    def fetch(job):
+        item, url, stem = job
+        if silent[0] >= 20:
+            return item, url, "not tried, since 20 links in a row did not answer; call again"
+        problem = None
+        try: _fetch_picture(url, folder, stem, max_bytes)
+        except ConnectionError as error:
+            silent[0] += 1
+            return item, url, f"{error}; call again"
+        except ValueError as error: problem = failed[url] = str(error)
+        finally: time.sleep(pause)
+        silent[0] = 0
+        return problem and (item, url, problem)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        found = tqdm(pool.map(fetch, jobs), "fetch images", len(jobs), disable=not progress)
+        return list(filter(None, found))
+    finally: pool.shutdown(cancel_futures=True)
+
+# %% ../../nbs/13_data.sources.ipynb #download-images
 def download_images(
-    items: pl.DataFrame | Mapping[str, Sequence[str]],  # table with item_id and image_urls, or item id -> links
-    folder: str | Path,  # where the pictures go, as `<item_id>.jpg`, `<item_id>_1.jpg`, ...
+    items: pl.DataFrame | Mapping[str, Sequence[str]],  # item_id, image_urls; or item id -> links
+    folder: str | Path,  # where the images go, as `<item_id>.jpg`, `<item_id>_1.jpg`, ...
     *,
     per_item: int = 1,  # links of an item that are followed
     workers: int = 4,  # threads
@@ -980,91 +1109,81 @@ def download_images(
     retry: bool = False,  # also try links again that failed for good before
     progress: bool = True,  # show a progress bar
 ) -> ImageDownloads:
-    "Fetch the pictures that are not there yet; call again to continue."
+    "Fetch the images that are not there yet; call again to continue."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted, problems = _picture_names(items, per_item)
-    present = {path.stem for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
     memory = folder / "failed_links.json"
     failed = read_json(memory) if memory.exists() and not retry else {}
-    missing = [job for job in wanted if job[1] not in present]
-    problems += [(item, url, failed[url]) for item, _, url in missing if url in failed]
-    jobs = [job for job in missing if job[2] not in failed]
-
-    unreachable = [0]  # links in a row that did not answer
-
-    def fetch(job):
-        item, stem, url = job
-        if unreachable[0] >= 20: return item, url, "not tried, since 20 links in a row did not answer; call again"
-        try: _fetch_picture(url, folder, stem, max_bytes)
-        except ConnectionError as error:
-            unreachable[0] += 1
-            return item, url, f"{error}; call again"
-        except ValueError as error:
-            failed[url] = str(error)
-            unreachable[0] = 0
-            return item, url, failed[url]
-        else: unreachable[0] = 0
-        finally: time.sleep(pause)
-
-    pool = ThreadPoolExecutor(workers)
-    try: found = list(tqdm(pool.map(fetch, jobs), total=len(jobs), desc="fetch pictures", disable=not progress))
-    finally:
-        pool.shutdown(cancel_futures=True)
-        write_json(memory, dict(sorted(failed.items())))
-    n_items = len(items) if isinstance(items, Mapping) else items.height
-    n_without = n_items - len({item for item, *_ in wanted} | {item for item, *_ in problems})
-    n_failed = sum(each is not None for each in found)
-    return ImageDownloads(len(jobs) - n_failed, len(wanted) - len(missing), n_without,
-                          problems + [each for each in found if each is not None])
+    present = {path.stem for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+    wanted, problems = _picture_names(items, per_item)
+    missing = [job for job in wanted if job[2] not in present]
+    known = [(item, url, failed[url]) for item, url, _ in missing if url in failed]
+    jobs = [job for job in missing if job[1] not in failed]
+    try: new = _fetch_all(jobs, folder, failed, max_bytes, workers, pause, progress)
+    finally: write_json(memory, dict(sorted(failed.items())))
+    linked = {item for item, *_ in wanted + problems}
+    return ImageDownloads(len(jobs) - len(new), len(wanted) - len(missing),
+                          len(items) - len(linked), problems + known + new)
 
 # %% ../../nbs/13_data.sources.ipynb #published-md5
 def _published_md5(source, urls):
-    "Return the publisher's checksum: pinned, or read from the file beside the data; `None` if there is none."
+    "Return the publisher's checksum: pinned, or from the file beside the data; `None` if none."
     if source.md5 != "file": return source.md5
     with contextlib.suppress(ConnectionError, ValueError):
         found = re.search(rb"\b[0-9a-fA-F]{32}\b", _get_bytes(urls[0] + ".md5", 1024))
         return found[0].decode().lower() if found else None
 
+# %% ../../nbs/13_data.sources.ipynb #fetch-raw
+_UNCHECKED = ("no published checksum: SHA-256 recorded at the first download, and compared ever "
+              "after",)
+
+def _fetch_raw(name, source, folder, mirror, progress):
+    "Fetch the files of a source; return name -> path, name -> digest, and notes."
+    paths, digests, notes = [], {}, ()
+    for file, urls in source_files(name).items():
+        if mirror: urls = (f"{mirror.rstrip('/')}/{file}",)
+        path, record = folder / file, folder / f"{file}.sha256"
+        md5 = None if record.exists() else _published_md5(source, urls)
+        if source.md5 is None or not record.exists() and md5 is None: notes = _UNCHECKED
+        paths.append(fetch_file(urls, path, md5, progress))
+        digests[file] = _known_sha256(record)
+    return paths, digests, notes
+
 # %% ../../nbs/13_data.sources.ipynb #fetch-source
 def fetch_source(
     name: str,  # such as `"amazon-2018:Prime_Pantry"` or `"movielens-1m"`: see `SOURCES`
-    folder: str | Path,  # gets `interactions.parquet`, `items.parquet`, `source.json`, `raw/` and perhaps `images/`
+    folder: str | Path,  # gets both tables, `source.json`, `raw/` and perhaps `images/`
     *,
-    images_per_item: int = 0,  # pictures to fetch of each item, where the source has links
+    images_per_item: int = 0,  # images to fetch of each item, where the source has links
     with_metadata_only: bool = False,  # Amazon: drop events of items that are not described
     max_field_chars: int | None = None,  # Amazon: empty text fields of at least so many characters
-    mirror: str | None = None,  # address of a folder that holds the files by their names, in place of the publisher's
+    mirror: str | None = None,  # folder's address with the files, in place of the publisher's
     progress: bool = True,  # show progress bars, and print the terms at the first download
 ) -> RawTables:
-    """Fetch a public data set, read it, and write its two tables; continue where an earlier call was interrupted.
+    """Fetch a public data set, read it, and write its two tables; continue if interrupted.
 
-    Raises `ValueError` (no such source; wrong checksum; damaged file) or `ConnectionError` (call again to continue)."""
+    Raises `ValueError` (no such source; wrong checksum; damaged file) or `ConnectionError` (call
+    again to continue)."""
     source, category = _find_source(name)
-    if not category and (images_per_item or with_metadata_only or max_field_chars is not None):
-        raise ValueError(f"{source.title} has neither links to pictures nor long texts: leave out images_per_item, "
-                         "with_metadata_only and max_field_chars")
-    folder, files, checked = Path(folder), source_files(name), True
-    if progress and not (folder / "raw").exists(): print(f"{source.title}. {source.terms}")
-    for file, urls in files.items():
-        if mirror: urls = (f"{mirror.rstrip('/')}/{file}",)
-        known = (folder / "raw" / f"{file}.sha256").exists()
-        md5 = None if known else _published_md5(source, urls)
-        checked &= source.md5 is not None and (known or md5 is not None)
-        fetch_file(urls, folder / "raw" / file, md5, progress)
-    paths = [folder / "raw" / file for file in files]
-    digests = {path.name: _known_sha256(path.with_name(f"{path.name}.sha256")) for path in paths}
     options = {"with_metadata_only": with_metadata_only, "max_field_chars": max_field_chars}
-    mark = fingerprint(name, digests, options, 1)  # the last number: raised when a reader changes what it returns
+    if not category and (images_per_item or with_metadata_only or max_field_chars is not None):
+        raise ValueError(f"{source.title} has neither links to pictures nor long texts: leave out "
+                         "images_per_item, with_metadata_only and max_field_chars")
+    folder = Path(folder)
+    if progress and not (folder / "raw").exists(): print(f"{source.title}. {source.terms}")
+    paths, digests, notes = _fetch_raw(name, source, folder / "raw", mirror, progress)
+    mark = fingerprint(name, digests, options, 1)  # 1: raised when a reader returns something else
     record = folder / "source.json"
-    if record.exists() and read_json(record).get("fingerprint") == mark: tables = RawTables.read(folder)
+    if record.exists() and read_json(record).get("fingerprint") == mark:
+        tables = RawTables.read(folder)
     else:
-        tables = (read_amazon(source.title[-4:], *paths, progress=progress, **options) if category else
-                  read_movielens(paths[0]))
-        if not checked: tables = replace(tables, notes=(*tables.notes, "no published checksum: SHA-256 recorded at the "
-                                                        "first download, and compared ever after"))
-        tables.write(folder, name=name, files=digests, options=options, fingerprint=mark, provenance=provenance())
-    if images_per_item:
-        report = download_images(tables.items, folder / "images", per_item=images_per_item, progress=progress)
-        tables = replace(tables, notes=(*tables.notes, str(report).partition("\n")[0]))
-    return tables
+        release = source.title[-4:]
+        tables = (read_amazon(release, *paths, progress=progress, **options) if category
+                  else read_movielens(*paths))
+        tables = replace(tables, notes=tables.notes + notes)
+        tables.write(folder, name=name, files=digests, options=options, fingerprint=mark,
+                     provenance=provenance())
+    if not images_per_item: return tables
+    report = download_images(tables.items, folder / "images", per_item=images_per_item,
+                             progress=progress)
+    return replace(tables, notes=(*tables.notes, str(report).partition("\n")[0]))

@@ -6,43 +6,49 @@ Docs: https://mmseqrec.github.io/mmseqrec/data.synthetic.html.md"""
 
 # %% auto #0
 __all__ = ['COLOURS', 'PATTERNS', 'SIZES', 'MOTIFS', 'KINDS', 'MATERIALS', 'OCCASIONS', 'CARES', 'BRANDS', 'VISIBLE', 'HIDDEN',
-           'KITCHEN_STENCILS', 'WARDROBE_STENCILS', 'TOY_STENCILS', 'STENCILS', 'VIEWS', 'WORDS', 'SENTENCES',
-           'FILLERS', 'CAPTIONS', 'FAVOURITES', 'NOUNS', 'PLAIN', 'REASONS', 'attribute_values', 'draw_item',
-           'in_caption_corpus', 'say', 'caption', 'make_caption_corpus', 'plant_interests', 'write_listing',
-           'Behaviour', 'Truth', 'Marketplace', 'make_marketplace', 'plot_items', 'plot_popularity', 'plot_history',
-           'gini', 'dataset_statistics', 'simple_features', 'perfect_features', 'real_statistics']
+           'VIEWS', 'WORDS', 'attribute_values', 'draw_item', 'in_caption_corpus', 'say', 'caption',
+           'make_caption_corpus', 'plant_interests', 'write_listing', 'Behaviour', 'Truth', 'Marketplace',
+           'make_marketplace', 'plot_items', 'plot_popularity', 'plot_history', 'gini', 'dataset_statistics',
+           'simple_features', 'perfect_features', 'real_statistics']
 
 # %% ../../nbs/10_data.synthetic.ipynb #imports
 import re
 import textwrap
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 from PIL import Image, ImageChops, ImageDraw
+from scipy.sparse import coo_matrix
 from tqdm.auto import tqdm
 
-from ..artifacts import artifact_path, read_json
+from ..artifacts import artifact_path, atomic_folder, read_json
 from ..core import derive_seed
 from ..figures import COLORS, plot_images, plot_lines
 
 # %% ../../nbs/10_data.synthetic.ipynb #attribute-values
-COLOURS = {"red": (208, 43, 46), "orange": (240, 132, 32), "yellow": (247, 209, 60), "green": (64, 150, 68),
-           "teal": (30, 156, 160), "blue": (48, 92, 196), "purple": (126, 66, 168), "pink": (242, 142, 178),
-           "brown": (126, 82, 50), "black": (38, 38, 42), "white": (247, 246, 240), "grey": (146, 150, 156)}
+COLOURS = {"red": (208, 43, 46), "orange": (240, 132, 32), "yellow": (247, 209, 60),
+           "green": (64, 150, 68), "teal": (30, 156, 160), "blue": (48, 92, 196),
+           "purple": (126, 66, 168), "pink": (242, 142, 178), "brown": (126, 82, 50),
+           "black": (38, 38, 42), "white": (247, 246, 240), "grey": (146, 150, 156)}
 PATTERNS = ("plain", "striped", "dotted", "checked", "zigzag", "wavy", "two-tone")
 SIZES = ("small", "medium", "large")
 MOTIFS = ("none", "star", "heart", "leaf", "fish", "moon", "flower", "tree", "cat")
-KINDS = {"kitchen": ("mug", "plate", "kettle", "teapot", "jar", "bowl", "chopping board", "pan", "bottle", "vase"),
-         "wardrobe": ("shirt", "dress", "hat", "sock", "bag", "scarf", "trousers", "mitten", "boot", "umbrella"),
-         "toys": ("robot", "car", "block tower", "ball", "kite", "boat", "rocket", "teddy bear", "drum",
-                  "spinning top")}
-MATERIALS = {"kitchen": ("ceramic", "wood", "metal", "glass"), "wardrobe": ("cotton", "wool", "denim", "leather"),
+KINDS = {"kitchen": ("mug", "plate", "kettle", "teapot", "jar", "bowl", "chopping board", "pan",
+                     "bottle", "vase"),
+         "wardrobe": ("shirt", "dress", "hat", "sock", "bag", "scarf", "trousers", "mitten",
+                      "boot", "umbrella"),
+         "toys": ("robot", "car", "block tower", "ball", "kite", "boat", "rocket", "teddy bear",
+                  "drum", "spinning top")}
+MATERIALS = {"kitchen": ("ceramic", "wood", "metal", "glass"),
+             "wardrobe": ("cotton", "wool", "denim", "leather"),
              "toys": ("wood", "metal", "plastic", "wool")}
-OCCASIONS = ("birthday", "picnic", "holiday", "weekend", "rainy day", "festival", "school day", "camping trip")
+OCCASIONS = ("birthday", "picnic", "holiday", "weekend", "rainy day", "festival", "school day",
+             "camping trip")
 CARES = ("hand wash", "machine wash", "wipe down", "air dry")
 BRANDS = {"kitchen": ("Tavola", "Brightwell", "Nordhem", "Pavo", "Kilnside", "Ostara"),
           "wardrobe": ("Linnea", "Marlow", "Veststad", "Pavo", "Corrigan", "Ostara"),
@@ -51,420 +57,522 @@ VISIBLE = ("kind", "colour", "accent", "pattern", "material", "size", "motif")
 HIDDEN = ("brand", "occasion", "care")
 
 # %% ../../nbs/10_data.synthetic.ipynb #attribute-values-function
-def attribute_values(domain: str,     # "kitchen", "wardrobe" or "toys"
-                     attribute: str,  # one of `VISIBLE` or `HIDDEN`
-                     ) -> tuple[str, ...]:  # the values in a fixed order
-    "List the values an attribute may take in a domain; raises ValueError for an unknown domain or attribute."
-    if domain not in KINDS: raise ValueError(f"unknown domain {domain!r}: choose from {', '.join(KINDS)}")
-    shared = {"colour": tuple(COLOURS), "accent": tuple(COLOURS), "pattern": PATTERNS, "size": SIZES,
-              "motif": MOTIFS, "occasion": OCCASIONS, "care": CARES}
-    own = {"kind": KINDS[domain], "material": MATERIALS[domain], "brand": BRANDS[domain]}
-    if attribute not in (values := shared | own):
-        raise ValueError(f"unknown attribute {attribute!r}: choose from {', '.join(VISIBLE + HIDDEN)}")
-    return values[attribute]
+_SHARED = {"colour": tuple(COLOURS), "accent": tuple(COLOURS), "pattern": PATTERNS, "size": SIZES,
+           "motif": MOTIFS, "occasion": OCCASIONS, "care": CARES}
+_OWN = {"kind": KINDS, "material": MATERIALS, "brand": BRANDS}  # attribute -> domain -> values
+
+def attribute_values(
+    domain: str,  # `"kitchen"`, `"wardrobe"` or `"toys"`
+    attribute: str,  # one of `VISIBLE` or `HIDDEN`
+) -> tuple[str, ...]:  # the values in a fixed order
+    "List the values of an attribute in a domain; a `ValueError` names the ones that exist."
+    choices = {"domain": (domain, KINDS), "attribute": (attribute, VISIBLE + HIDDEN)}
+    for what, (name, known) in choices.items():
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(known)}")
+    return _OWN[attribute][domain] if attribute in _OWN else _SHARED[attribute]
 
 # %% ../../nbs/10_data.synthetic.ipynb #kitchen-stencils
-KITCHEN_STENCILS = {
+_KITCHEN_STENCILS = {
     "mug": ["ta 56 38 90 72 270 450 7", "br 22 26 70 86 8", "tr 22 26 70 35 4", "m 46 60 18"],
     "plate": ["te 6 6 94 94", "be 15 15 85 85", "le 27 27 73 73", "m 50 50 19"],
-    "kettle": ["ta 27 6 73 62 180 360 6", "bp 66 54 88 34 96 36 96 42 76 74", "bp 30 40 70 40 84 88 16 88",
-               "tr 34 31 66 41 4", "te 45 22 55 32", "m 50 66 17"],
-    "teapot": ["ta 4 40 36 76 90 270 6", "bs 68 52 84 48 92 32 98 36 90 60 74 76", "be 20 32 78 90",
-               "tc 30 26 68 52 180 360", "te 44 19 54 28", "tr 36 86 62 93 3", "m 49 63 17"],
+    "kettle": ["ta 27 6 73 62 180 360 6", "bp 66 54 88 34 96 36 96 42 76 74",
+               "bp 30 40 70 40 84 88 16 88", "tr 34 31 66 41 4", "te 45 22 55 32", "m 50 66 17"],
+    "teapot": ["ta 4 40 36 76 90 270 6", "bs 68 52 84 48 92 32 98 36 90 60 74 76",
+               "be 20 32 78 90", "tc 30 26 68 52 180 360", "te 44 19 54 28", "tr 36 86 62 93 3",
+               "m 49 63 17"],
     "jar": ["br 26 28 74 92 12", "tr 24 12 76 29 5", "ll 24 20 76 20 1", "m 50 60 19"],
     "bowl": ["tr 36 82 64 92 3", "bc 6 -8 94 88 0 180", "tr 4 34 96 44 5", "m 50 64 17"],
-    "chopping board": ["br 42 3 58 30 6", "br 18 22 82 96 9", "tr 18 84 82 96 7", "xe 46 7 54 15", "m 50 55 20"],
-    "pan": ["tp 62 40 94 10 99 16 68 46", "xe 92 11 96 15", "te 4 28 74 98", "be 10 34 68 92", "m 39 63 19"],
-    "bottle": ["bp 42 20 58 20 58 36 68 50 68 60 32 60 32 50 42 36", "br 32 46 68 96 7", "tr 41 6 59 21 3",
-               "tr 32 84 68 91 0", "m 50 65 16"],
-    "vase": ["bs 38 10 62 10 58 28 78 52 72 78 60 94 40 94 28 78 22 52 42 28", "tr 36 6 64 14 3",
-             "tr 41 24 59 31 3", "m 50 60 18"]}
+    "chopping board": ["br 42 3 58 30 6", "br 18 22 82 96 9", "tr 18 84 82 96 7",
+                       "xe 46 7 54 15", "m 50 55 20"],
+    "pan": ["tp 62 40 94 10 99 16 68 46", "xe 92 11 96 15", "te 4 28 74 98", "be 10 34 68 92",
+            "m 39 63 19"],
+    "bottle": ["bp 42 20 58 20 58 36 68 50 68 60 32 60 32 50 42 36", "br 32 46 68 96 7",
+               "tr 41 6 59 21 3", "tr 32 84 68 91 0", "m 50 65 16"],
+    "vase": ["bs 38 10 62 10 58 28 78 52 72 78 60 94 40 94 28 78 22 52 42 28",
+             "tr 36 6 64 14 3", "tr 41 24 59 31 3", "m 50 60 18"]}
 
 # %% ../../nbs/10_data.synthetic.ipynb #wardrobe-stencils
-WARDROBE_STENCILS = {
-    "shirt": ["bp 34 12 66 12 97 34 87 56 75 47 75 92 25 92 25 47 13 56 3 34", "tp 90 27 98 34 87 56 79 50",
-              "tp 10 27 2 34 13 56 21 50", "tp 34 12 44 10 50 22 56 10 66 12 58 30 50 22 42 30", "m 50 58 17"],
+_WARDROBE_STENCILS = {
+    "shirt": ["bp 34 12 66 12 97 34 87 56 75 47 75 92 25 92 25 47 13 56 3 34",
+              "tp 90 27 98 34 87 56 79 50", "tp 10 27 2 34 13 56 21 50",
+              "tp 34 12 44 10 50 22 56 10 66 12 58 30 50 22 42 30", "m 50 58 17"],
     "dress": ["bp 32 6 42 6 44 18 56 18 58 6 68 6 66 40 92 94 8 94 34 40", "tr 33 38 67 46 1",
               "tp 11 87 89 87 92 95 8 95", "m 50 67 16"],
-    "hat": ["bc 24 14 76 110 180 360", "be 3 54 97 78", "tp 24 50 76 50 77 64 23 64", "m 50 34 14"],
+    "hat": ["bc 24 14 76 110 180 360", "be 3 54 97 78", "tp 24 50 76 50 77 64 23 64",
+            "m 50 34 14"],
     "sock": ["bs 34 8 62 8 62 30 62 54 84 72 90 84 82 94 62 92 36 72 34 40", "tr 31 4 65 20 3",
              "ts 70 62 86 72 91 85 82 94 68 93 66 78", "m 48 40 12"],
     "bag": ["ta 30 6 70 62 180 360 5", "bp 16 36 84 36 93 94 7 94", "tp 16 34 84 34 86 48 14 48",
             "te 46 44 54 52", "m 50 72 17"],
-    "scarf": ["bp 54 30 72 26 86 82 62 88", "tp 61 82 85 76 87 88 64 95", "bp 30 30 54 30 46 90 18 88",
-              "tp 20 81 47 83 46 96 17 94", "bs 26 16 50 24 74 16 78 28 64 40 50 42 36 40 22 28",
-              "ll 24 88 23 97 2", "ll 32 88 31 97 2", "ll 40 88 39 97 2", "m 36 62 11"],
-    "trousers": ["bp 27 6 73 6 84 94 58 94 50 42 42 94 16 94", "tr 26 4 74 15 2", "tp 57 86 83 86 84 95 58 95",
-                 "tp 17 86 43 86 42 95 16 95", "ll 50 15 50 42 1", "m 34 40 11"],
-    "mitten": ["bs 68 46 82 34 92 40 90 52 76 68 64 70", "bs 28 74 26 40 30 16 48 8 64 16 70 40 70 74",
-               "tr 25 72 73 93 5", "ll 33 76 33 90 1", "ll 41 76 41 90 1", "ll 49 76 49 90 1",
-               "ll 57 76 57 90 1", "ll 65 76 65 90 1", "m 47 46 16"],
-    "boot": ["bs 28 10 62 10 62 34 62 54 84 64 93 78 92 86 60 86 28 86 28 50", "tr 25 84 94 95 4",
-             "tr 25 5 65 18 4", "ll 62 42 52 42 2", "ll 62 50 52 50 2", "ll 64 57 54 58 2", "m 44 62 15"],
-    "umbrella": ["tl 50 40 50 84 4", "ta 34 74 52 94 0 180 4", "bc 4 8 96 112 180 360", "xe 4 52 35 68",
-                 "xe 35 52 65 68", "xe 65 52 96 68", "tl 50 4 50 12 4", "ll 50 10 34 56 1", "ll 50 10 66 56 1",
-                 "m 50 35 13"]}
+    "scarf": ["bp 54 30 72 26 86 82 62 88", "tp 61 82 85 76 87 88 64 95",
+              "bp 30 30 54 30 46 90 18 88", "tp 20 81 47 83 46 96 17 94",
+              "bs 26 16 50 24 74 16 78 28 64 40 50 42 36 40 22 28", "ll 24 88 23 97 2",
+              "ll 32 88 31 97 2", "ll 40 88 39 97 2", "m 36 62 11"],
+    "trousers": ["bp 27 6 73 6 84 94 58 94 50 42 42 94 16 94", "tr 26 4 74 15 2",
+                 "tp 57 86 83 86 84 95 58 95", "tp 17 86 43 86 42 95 16 95", "ll 50 15 50 42 1",
+                 "m 34 40 11"],
+    "mitten": ["bs 68 46 82 34 92 40 90 52 76 68 64 70",
+               "bs 28 74 26 40 30 16 48 8 64 16 70 40 70 74", "tr 25 72 73 93 5",
+               "ll 33 76 33 90 1", "ll 41 76 41 90 1", "ll 49 76 49 90 1", "ll 57 76 57 90 1",
+               "ll 65 76 65 90 1", "m 47 46 16"],
+    "boot": ["bs 28 10 62 10 62 34 62 54 84 64 93 78 92 86 60 86 28 86 28 50",
+             "tr 25 84 94 95 4", "tr 25 5 65 18 4", "ll 62 42 52 42 2", "ll 62 50 52 50 2",
+             "ll 64 57 54 58 2", "m 44 62 15"],
+    "umbrella": ["tl 50 40 50 84 4", "ta 34 74 52 94 0 180 4", "bc 4 8 96 112 180 360",
+                 "xe 4 52 35 68", "xe 35 52 65 68", "xe 65 52 96 68", "tl 50 4 50 12 4",
+                 "ll 50 10 34 56 1", "ll 50 10 66 56 1", "m 50 35 13"]}
 
 # %% ../../nbs/10_data.synthetic.ipynb #toy-stencils
-TOY_STENCILS = {
-    "robot": ["ll 50 3 50 12 2", "te 46 1 54 9", "br 32 10 68 34 5", "xe 38 17 46 25", "xe 54 17 62 25",
-              "ll 42 29 58 29 2", "tr 8 40 22 70 5", "tr 78 40 92 70 5", "tr 30 74 45 97 4", "tr 55 74 70 97 4",
-              "br 24 37 76 77 5", "m 50 57 16"],
-    "car": ["bp 24 46 35 20 70 20 84 46", "xp 32 44 40 26 50 26 50 44", "xp 55 44 55 26 67 26 75 44",
-            "br 3 42 97 76 10", "te 12 62 40 90", "te 60 62 88 90", "le 21 71 31 81", "le 69 71 79 81",
-            "m 50 58 12"],
-    "block tower": ["tp 50 3 76 34 24 34", "br 24 34 76 65 2", "tr 8 65 36 96 2", "br 36 65 64 96 2",
-                    "tr 64 65 92 96 2", "m 50 49 14"],
+_TOY_STENCILS = {
+    "robot": ["ll 50 3 50 12 2", "te 46 1 54 9", "br 32 10 68 34 5", "xe 38 17 46 25",
+              "xe 54 17 62 25", "ll 42 29 58 29 2", "tr 8 40 22 70 5", "tr 78 40 92 70 5",
+              "tr 30 74 45 97 4", "tr 55 74 70 97 4", "br 24 37 76 77 5", "m 50 57 16"],
+    "car": ["bp 24 46 35 20 70 20 84 46", "xp 32 44 40 26 50 26 50 44",
+            "xp 55 44 55 26 67 26 75 44", "br 3 42 97 76 10", "te 12 62 40 90", "te 60 62 88 90",
+            "le 21 71 31 81", "le 69 71 79 81", "m 50 58 12"],
+    "block tower": ["tp 50 3 76 34 24 34", "br 24 34 76 65 2", "tr 8 65 36 96 2",
+                    "br 36 65 64 96 2", "tr 64 65 92 96 2", "m 50 49 14"],
     "ball": ["be 6 6 94 94", "tc 6 6 94 94 218 322", "tc 6 6 94 94 38 142", "m 50 50 19"],
-    "kite": ["tl 50 80 42 86 54 92 46 99 2", "bp 50 3 86 38 50 84 14 38", "tp 50 3 86 38 68 38 50 16 32 38 14 38",
-             "ll 50 3 50 84 1", "ll 14 38 86 38 1", "tp 36 84 42 88 36 92", "tp 60 88 54 92 60 96", "m 50 52 14"],
-    "boat": ["ll 50 4 50 70 3", "tp 46 14 46 60 12 60", "bp 54 6 54 60 92 60", "bp 6 66 94 66 78 94 22 94",
-             "tp 6 66 94 66 91 72 9 72", "m 50 83 9"],
-    "rocket": ["tp 34 56 14 82 14 92 34 80", "tp 66 56 86 82 86 92 66 80", "tp 42 84 58 84 50 99",
-               "bs 50 3 64 20 68 44 66 70 60 86 40 86 34 70 32 44 36 20", "tc 35 3 65 50 200 340", "xe 44 26 56 38",
-               "m 50 58 14"],
-    "teddy bear": ["be 20 4 42 26", "be 58 4 80 26", "te 25 9 37 21", "te 63 9 75 21", "be 6 50 32 72",
-                   "be 68 50 94 72", "be 18 76 46 98", "be 54 76 82 98", "be 24 42 76 94", "be 24 8 76 54",
-                   "te 38 30 62 50", "le 47 33 53 37", "le 37 23 41 27", "le 59 23 63 27", "m 50 72 14"],
-    "drum": ["bp 12 32 88 32 88 80 12 80", "bc 12 66 88 94 0 180", "te 12 18 88 46", "tr 12 76 88 84 2",
-             "xe 18 22 82 42", "ll 30 4 54 30 3", "ll 76 4 56 32 3", "m 50 62 15"],
-    "spinning top": ["tr 45 4 55 30 3", "tr 38 2 62 9 3", 
-                     "bs 46 22 54 22 86 38 92 50 78 66 56 90 44 90 22 66 8 50 14 38", "tp 44 86 56 86 50 99",
-                     "tp 9 46 91 46 90 55 10 55", "m 50 68 12"]}
-STENCILS = KITCHEN_STENCILS | WARDROBE_STENCILS | TOY_STENCILS
+    "kite": ["tl 50 80 42 86 54 92 46 99 2", "bp 50 3 86 38 50 84 14 38",
+             "tp 50 3 86 38 68 38 50 16 32 38 14 38", "ll 50 3 50 84 1", "ll 14 38 86 38 1",
+             "tp 36 84 42 88 36 92", "tp 60 88 54 92 60 96", "m 50 52 14"],
+    "boat": ["ll 50 4 50 70 3", "tp 46 14 46 60 12 60", "bp 54 6 54 60 92 60",
+             "bp 6 66 94 66 78 94 22 94", "tp 6 66 94 66 91 72 9 72", "m 50 83 9"],
+    "rocket": ["tp 34 56 14 82 14 92 34 80", "tp 66 56 86 82 86 92 66 80",
+               "tp 42 84 58 84 50 99",
+               "bs 50 3 64 20 68 44 66 70 60 86 40 86 34 70 32 44 36 20",
+               "tc 35 3 65 50 200 340", "xe 44 26 56 38", "m 50 58 14"],
+    "teddy bear": ["be 20 4 42 26", "be 58 4 80 26", "te 25 9 37 21", "te 63 9 75 21",
+                   "be 6 50 32 72", "be 68 50 94 72", "be 18 76 46 98", "be 54 76 82 98",
+                   "be 24 42 76 94", "be 24 8 76 54", "te 38 30 62 50", "le 47 33 53 37",
+                   "le 37 23 41 27", "le 59 23 63 27", "m 50 72 14"],
+    "drum": ["bp 12 32 88 32 88 80 12 80", "bc 12 66 88 94 0 180", "te 12 18 88 46",
+             "tr 12 76 88 84 2", "xe 18 22 82 42", "ll 30 4 54 30 3", "ll 76 4 56 32 3",
+             "m 50 62 15"],
+    "spinning top": ["tr 45 4 55 30 3", "tr 38 2 62 9 3",
+                     "bs 46 22 54 22 86 38 92 50 78 66 56 90 44 90 22 66 8 50 14 38",
+                     "tp 44 86 56 86 50 99", "tp 9 46 91 46 90 55 10 55", "m 50 68 12"]}
+_STENCILS = _KITCHEN_STENCILS | _WARDROBE_STENCILS | _TOY_STENCILS
 
 # %% ../../nbs/10_data.synthetic.ipynb #stencil-draw
-_SHEET = 192  # pixels of the sheet on which layers are drawn; pictures are made smaller from it (antialiasing)
-_CHANNEL = {"b": (255, 0, 0), "t": (0, 255, 0), "l": (0, 0, 255), "x": (0, 0, 0)}
-
-def _smooth(points: np.ndarray,  # `[n, 2]` corners of a closed curve
-            ) -> list:  # corners of a rounder polygon
+def _smooth(points):
     "Round a closed polygon by cutting its corners three times (Chaikin)."
+    points = np.array(points)
     for _ in range(3):
         following = np.roll(points, -1, axis=0)
-        points = np.stack([0.8 * points + 0.2 * following, 0.2 * points + 0.8 * following], 1).reshape(-1, 2)
+        cut = np.stack([.8 * points + .2 * following, .2 * points + .8 * following], 1)
+        points = cut.reshape(-1, 2)
     return [tuple(p) for p in points]
 
-# %% ../../nbs/10_data.synthetic.ipynb #stencil-paint
-@lru_cache(maxsize=None)
-def _stencil(kind: str) -> tuple[Image.Image, tuple[float, float, float]]:
-    "Draw a kind's masks (red body, green trim, blue line) and return them with the motif's place in units."
-    image = Image.new("RGB", (_SHEET, _SHEET)); pen = ImageDraw.Draw(image); unit = _SHEET / 100
-    for entry in STENCILS[kind]:
-        code, *numbers = entry.split(); v = [float(n) for n in numbers]
-        if code == "m": spot = tuple(v); continue
-        colour = _CHANNEL[code[0]]; xy = [n * unit for n in v]; points = list(zip(xy[0::2], xy[1::2]))
-        line = dict(outline=_CHANNEL["l"], width=3); fill = None if code == "le" else colour
-        match code[1]:
-            case "e": pen.ellipse(xy, fill, **line)
-            case "r": pen.rounded_rectangle(xy[:4], v[4] * unit, fill, **line)
-            case "p": pen.polygon(points, fill, **line)
-            case "s": pen.polygon(_smooth(np.array(points)), fill, **line)
-            case "c": pen.chord(xy[:4], v[4], v[5], fill, **line)
+# %% ../../nbs/10_data.synthetic.ipynb #stencil-shapes
+def _paint(image, stencil, unit, colours, **outline):
+    "Draw the shapes of a stencil; `unit` is its size in pixels."
+    pen = ImageDraw.Draw(image)
+    for entry in stencil:
+        (layer, shape), *numbers = entry.split()
+        v = [float(n) for n in numbers]
+        xy = [n * unit for n in v]
+        points = list(zip(xy[0::2], xy[1::2]))
+        fill = None if layer + shape == "le" else colours[layer]
+        match shape:
+            case "e": pen.ellipse(xy, fill, **outline)
+            case "r": pen.rounded_rectangle(xy[:4], xy[4], fill, **outline)
+            case "p": pen.polygon(points, fill, **outline)
+            case "s": pen.polygon(_smooth(points), fill, **outline)
+            case "c": pen.chord(xy[:4], v[4], v[5], fill, **outline)
+            case "l": pen.line(points, fill, max(2, int(xy[-1])), joint="curve")
             case "a":
-                pen.arc([xy[0] - 1.5, xy[1] - 1.5, xy[2] + 1.5, xy[3] + 1.5], v[4], v[5], _CHANNEL["l"], int(xy[6]) + 3)
-                pen.arc(xy[:4], v[4], v[5], colour, int(xy[6]))
-            case "l": pen.line(list(zip(xy[0:-1:2], xy[1:-1:2])), colour, max(2, int(xy[-1])), joint="curve")
-    return image, spot
+                box = [xy[0] - 1.5, xy[1] - 1.5, xy[2] + 1.5, xy[3] + 1.5]
+                pen.arc(box, v[4], v[5], outline["outline"], int(xy[6]) + 3)
+                pen.arc(xy[:4], v[4], v[5], fill, int(xy[6]))
+
+# %% ../../nbs/10_data.synthetic.ipynb #stencil-paint
+_SHEET = 192  # pixels of the sheet on which layers are drawn; images are made smaller from it
+_UNIT = _SHEET / 100  # pixels of a unit
+_CHANNELS = {"b": (255, 0, 0), "t": (0, 255, 0), "l": (0, 0, 255), "x": (0, 0, 0)}
+
+@lru_cache(maxsize=None)
+def _stencil(kind):
+    "Draw a kind's masks (red body, green trim, blue line); return them and the motif's circle."
+    image = Image.new("RGB", (_SHEET, _SHEET))
+    *shapes, circle = _STENCILS[kind]
+    _paint(image, shapes, _UNIT, _CHANNELS, outline=_CHANNELS["l"], width=3)
+    return image, tuple(map(float, circle.split()[1:]))
 
 # %% ../../nbs/10_data.synthetic.ipynb #pattern-masks
+_PATTERN_FORMULAS = {
+    "plain": lambda x, y: x < 0,
+    "striped": lambda x, y: x % 14 < 6,
+    "dotted": lambda x, y: (x % 14 - 7) ** 2 + (y % 14 - 7) ** 2 < 13,
+    "checked": lambda x, y: (x // 9 + y // 9) % 2 == 0,
+    "zigzag": lambda x, y: (y + 7 * (np.abs(x / 14 % 1 - .5) * 2)) % 14 < 5.5,
+    "wavy": lambda x, y: (y + 3.2 * np.sin(x * 2 * np.pi / 26)) % 13 < 4,
+    "two-tone": lambda x, y: y > 56}
+
 @lru_cache(maxsize=None)
-def _pattern(name: str) -> Image.Image:
+def _pattern(name):
     "Draw a pattern's mask on the sheet (white: accent)."
     y, x = np.mgrid[0:_SHEET, 0:_SHEET] * (100 / _SHEET)
-    triangle = lambda t: np.abs(t % 1 - 0.5) * 2
-    accent = {"plain": x < 0, "striped": x % 14 < 6, "two-tone": y > 56,
-              "dotted": (x % 14 - 7) ** 2 + (y % 14 - 7) ** 2 < 13,
-              "checked": (x // 9 + y // 9) % 2 == 0,
-              "zigzag": (y + 7 * triangle(x / 14)) % 14 < 5.5,
-              "wavy": (y + 3.2 * np.sin(x * 2 * np.pi / 26)) % 13 < 4}[name]
-    return Image.fromarray((accent * 255).astype(np.uint8))
+    return Image.fromarray((_PATTERN_FORMULAS[name](x, y) * 255).astype(np.uint8))
+
+# %% ../../nbs/10_data.synthetic.ipynb #texture-layers
+def _clipped(x): return np.clip(x, 0, 1)
+
+_DARKENING = {  # material -> factor of each pixel
+    "wood": lambda x, y: .76 + .24 * _clipped(
+        1.3 * np.sin(2 * np.pi * (y / 6 + .5 * np.sin(x / 17) + .2 * np.sin(y / 5))) + .5),
+    "metal": lambda x, y: .62 + .38 * (.5 + .5 * np.cos(2 * np.pi * x / 44)) ** .7,
+    "cotton": lambda x, y: 1 - .07 * ((x % 3 < 1) | (y % 3 < 1)),
+    "wool": lambda x, y: .66 + .34 * _clipped(
+        1.4 * np.abs(np.sin(np.pi * (y + 2.4 * np.abs(x % 7 - 3.5)) / 6))),
+    "denim": lambda x, y: .72 + .28 * ((x + 1.6 * y) % 4 < 2.4),
+    "leather": lambda x, y: .80 + .14 * (
+        np.sin(x * 1.9 + 3 * np.sin(y / 3)) * np.sin(y * 1.7 + 3 * np.sin(x / 4)) > -.45),
+    "ceramic": lambda x, y: 1 - .25 * (x / 100) ** 2,
+    "plastic": lambda x, y: 1 - .15 * (y > 62),
+    "glass": lambda x, y: np.ones_like(x)}
+
+# %% ../../nbs/10_data.synthetic.ipynb #texture-light
+def _bump(x, centre, width): return np.exp(-((x - centre) / width) ** 2)
+
+_LIGHTENING = {  # material -> light added to each pixel
+    "metal": lambda x, y: .75 * _bump(x % 44, 12, 4) + .3 * _bump(x % 44, 21, 2),
+    "denim": lambda x, y: .10 * ((x - y) % 9 < 1.5),
+    "leather": lambda x, y: .28 * _bump(np.hypot(x - 40, y - 36), 0, 20),
+    "ceramic": lambda x, y: .8 * _bump(np.hypot(x - 38, (y - 42) * .8), 8, 4.5),
+    "glass": lambda x, y: (.30 + .7 * _bump(x + .35 * y, 62, 3.5)
+                           + .5 * _bump(x + .35 * y, 74, 1.8)),
+    "plastic": lambda x, y: .65 * ((np.abs(x - 36) < 5) & (np.abs(y - 40) < 7)) + .12}
 
 # %% ../../nbs/10_data.synthetic.ipynb #texture-masks
-@lru_cache(maxsize=None)
-def _texture(material: str, zoom: float = 1.0) -> tuple[Image.Image, Image.Image | None]:
-    "Draw a material's darkening (multiplied) and lightening (screened, None if it has none) layers."
+_SHADED, _GLOSSY = ("ceramic", "plastic"), ("ceramic", "plastic", "glass", "leather")
+
+def _layer(formula, zoom):
+    "Draw a formula's values on the sheet, enlarged about its centre."
     y, x = np.mgrid[0:_SHEET, 0:_SHEET] * (100 / _SHEET)
-    cx, cy = (x - 50) / zoom + 50, (y - 50) / zoom + 50  # a close-up enlarges the texture too
-    bump = lambda a, b, s: np.exp(-((a - b) / s) ** 2)
-    dark, light = np.ones_like(x), np.zeros_like(x)
-    match material:
-        case "wood":
-            rings = np.sin(2 * np.pi * (cy / 6 + 0.5 * np.sin(cx / 17) + 0.2 * np.sin(cy / 5)))
-            dark = 0.76 + 0.24 * np.clip(1.3 * rings + 0.5, 0, 1)
-        case "metal":
-            dark = 0.62 + 0.38 * (0.5 + 0.5 * np.cos(2 * np.pi * cx / 44)) ** 0.7
-            light = 0.75 * bump(cx % 44, 12, 4) + 0.3 * bump(cx % 44, 21, 2)
-        case "ceramic": light = 0.8 * (bump(np.hypot(x - 38, (y - 42) * 0.8), 8, 4.5)); dark = 1 - 0.25 * (x / 100) ** 2
-        case "glass": light = 0.30 + 0.7 * bump(x + 0.35 * y, 62, 3.5) + 0.5 * bump(x + 0.35 * y, 74, 1.8)
-        case "plastic": light = 0.65 * ((np.abs(x - 36) < 5) & (np.abs(y - 40) < 7)) + 0.12; dark = 1 - 0.15 * (y > 62)
-        case "cotton": dark = 1 - 0.07 * ((cx % 3 < 1) | (cy % 3 < 1))
-        case "wool":
-            stitches = np.abs(np.sin(np.pi * (cy + 2.4 * np.abs(cx % 7 - 3.5)) / 6))
-            dark = 0.66 + 0.34 * np.clip(1.4 * stitches, 0, 1)
-        case "denim": dark = 0.72 + 0.28 * ((cx + 1.6 * cy) % 4 < 2.4); light = 0.10 * ((cx - cy) % 9 < 1.5)
-        case "leather":
-            spots = np.sin(cx * 1.9 + 3 * np.sin(cy / 3)) * np.sin(cy * 1.7 + 3 * np.sin(cx / 4))
-            dark = 0.80 + 0.14 * (spots > -0.45); light = 0.28 * bump(np.hypot(x - 40, y - 36), 0, 20)
-    grey = lambda a: Image.fromarray((np.clip(a, 0, 1) * 255).astype(np.uint8)).convert("RGB")
-    return grey(dark), grey(light) if np.any(light) else None
+    values = _clipped(formula((x - 50) / zoom + 50, (y - 50) / zoom + 50))
+    return Image.fromarray((values * 255).astype(np.uint8)).convert("RGB")
+
+@lru_cache(maxsize=None)
+def _texture(material, zoom=1.0):
+    "Draw a material's darkening and lightening layers (`None` if it has no second one)."
+    dark = _layer(_DARKENING[material], 1 if material in _SHADED else zoom)
+    if material not in _LIGHTENING: return dark, None
+    return dark, _layer(_LIGHTENING[material], 1 if material in _GLOSSY else zoom)
+
+# %% ../../nbs/10_data.synthetic.ipynb #motif-stencils
+_MOTIF_STENCILS = {
+    "star": ["bp 120 26 143 91 213 93 158 136 177 203 120 164 62 203 81 136 26 93 96 91"],
+    "heart": ["be 40 49 126 135", "be 114 49 200 135", "bp 46 113 194 113 120 208"],
+    "leaf": ["bp 62 178 77 180 90 181 102 180 113 179 124 177 133 174 142 170 150 165 157 160 "
+             "164 153 169 146 174 138 178 129 181 120 183 109 184 98 185 86 184 73 182 58 181 57 "
+             "166 55 153 54 141 55 130 56 119 58 110 61 101 65 93 70 86 75 79 82 74 89 69 97 "
+             "65 106 62 115 60 126 59 137 58 149 59 162 62 178",
+             "xl 44 196 160 80 9", "bl 40 200 70 170 12"],
+    "fish": ["be 34 74 166 166", "xe 59 97 81 119", "bp 148 120 212 70 212 170"],
+    "moon": ["be 28 36 196 204", "xe 80 34 220 174"],
+    "flower": ["be 87 31 153 97", "be 135 59 201 125", "be 135 115 201 181", "be 87 143 153 209",
+               "be 38 115 104 181", "be 38 59 104 125", "xe 98 98 142 142"],
+    "tree": ["br 106 160 134 216 0", "bp 120 22 76 88 164 88", "bp 120 58 62 132 178 132",
+             "bp 120 96 46 178 194 178"],
+    "cat": ["bp 48 36 104 74 52 120", "bp 192 36 136 74 188 120", "be 44 62 196 202",
+            "xe 77 109 103 135", "xe 137 109 163 135", "xp 108 150 132 150 120 164"]}
 
 # %% ../../nbs/10_data.synthetic.ipynb #motif-masks
 @lru_cache(maxsize=None)
-def _motif(name: str, size: int) -> Image.Image:
+def _motif(name, size):
     "Draw a motif's mask in red and its disc in green, `size` pixels wide."
-    image = Image.new("RGB", (240, 240)); pen = ImageDraw.Draw(image)
-    pen.ellipse((0, 0, 239, 239), (0, 255, 0)); ink, hole = (255, 255, 0), (0, 255, 0)
-    circle = lambda cx, cy, r, c=ink: pen.ellipse((cx - r, cy - r, cx + r, cy + r), c)
-    polar = lambda angles, radii: [(120 + r * np.sin(a), 124 - r * np.cos(a)) for a, r in zip(angles, radii)]
-    match name:
-        case "star": pen.polygon(polar(np.arange(10) * np.pi / 5, [98, 40] * 5), ink)
-        case "heart": circle(83, 92, 43); circle(157, 92, 43); pen.polygon([(46, 113), (194, 113), (120, 208)], ink)
-        case "leaf":
-            t = np.linspace(0, 1, 20); w = 56 * np.sin(np.pi * t) ** 0.8
-            side = lambda s: [(62 + 120 * a + s * b * 0.7, 178 - 120 * a + s * b * 0.7) for a, b in zip(t, w)]
-            pen.polygon(side(1) + side(-1)[::-1], ink)
-            pen.line([(44, 196), (160, 80)], hole, 9); pen.line([(40, 200), (70, 170)], ink, 12)
-        case "fish":
-            pen.ellipse((34, 74, 166, 166), ink); circle(70, 108, 11, hole)
-            pen.polygon([(148, 120), (212, 70), (212, 170)], ink)
-        case "moon": circle(112, 120, 84); circle(150, 104, 70, hole)
-        case "flower":
-            for a in np.arange(6) * np.pi / 3: circle(120 + 56 * np.sin(a), 120 - 56 * np.cos(a), 33)
-            circle(120, 120, 22, hole)
-        case "tree":
-            pen.rectangle((106, 160, 134, 216), ink)
-            for top, half, foot in ((22, 44, 88), (58, 58, 132), (96, 74, 178)):
-                pen.polygon([(120, top), (120 - half, foot), (120 + half, foot)], ink)
-        case "cat":
-            pen.polygon([(48, 36), (104, 74), (52, 120)], ink); pen.polygon([(192, 36), (136, 74), (188, 120)], ink)
-            pen.ellipse((44, 62, 196, 202), ink); circle(90, 122, 13, hole); circle(150, 122, 13, hole)
-            pen.polygon([(108, 150), (132, 150), (120, 164)], hole)
+    image = Image.new("RGB", (240, 240))
+    stencil = ["xe 0 0 239 239", *_MOTIF_STENCILS[name]]
+    _paint(image, stencil, 1, {"b": (255, 255, 0), "x": (0, 255, 0)})
     return image.resize((size, size), Image.Resampling.BOX)
 
-# %% ../../nbs/10_data.synthetic.ipynb #scene-draw
+# %% ../../nbs/10_data.synthetic.ipynb #scene-shapes
 VIEWS = ("front", "tilted", "close-up", "in use")
-_BACKDROPS = ((236, 236, 238), (226, 234, 240), (240, 233, 222), (229, 238, 228), (240, 228, 232), (215, 219, 226))
+_PAPERS = ((236, 236, 238), (226, 234, 240), (240, 233, 222), (229, 238, 228), (240, 228, 232),
+           (215, 219, 226))
+_SCENES = {  # view, or domain where the thing is in use -> shape, corners in pixels, fill, outline
+    "front": [("rectangle", (0, 158, 192, 192), "darker")],
+    "tilted": [("polygon", (0, 0, 192, 0, 0, 192), "darker")],
+    "close-up": [],
+    "kitchen": [("rectangle", (112, 10, 182, 80), "#cee4f0", "#fafafa", 5),
+                ("line", (147, 10, 147, 80), "#fafafa", 4),
+                ("line", (112, 45, 182, 45), "#fafafa", 4),
+                ("rectangle", (0, 146, 192, 192), "#be966c"),
+                ("line", (0, 147, 192, 147), "#96704c", 4)],
+    "wardrobe": [("rectangle", (0, 160, 192, 192), "#b09682"),
+                 ("rectangle", (8, 14, 184, 20), "#78685c"),
+                 ("rectangle", (19, 14, 25, 170), "#78685c"),
+                 ("rectangle", (167, 14, 173, 170), "#78685c")],
+    "toys": [("rectangle", (0, 132, 192, 192), "#baceaa"),
+             ("ellipse", (18, 140, 174, 190), "#e4d0b0", "#ccb492", 4),
+             ("rectangle", (14, 112, 38, 134), "#d6786e"),
+             ("rectangle", (44, 112, 68, 134), "#7496cc"),
+             ("rectangle", (152, 112, 176, 134), "#e8c464")]}
 
+# %% ../../nbs/10_data.synthetic.ipynb #scene-draw
 @lru_cache(maxsize=None)
-def _scene(domain: str, view: str, backdrop: int) -> Image.Image:
-    "Draw the background of a view on the sheet."
-    paper = _BACKDROPS[backdrop]; darker = tuple(int(c * 0.86) for c in paper)
-    image = Image.new("RGB", (_SHEET, _SHEET), paper); pen = ImageDraw.Draw(image)
-    if view == "tilted": pen.polygon([(0, 0), (_SHEET, 0), (0, _SHEET)], darker)
-    elif view == "front": pen.rectangle((0, 158, _SHEET, _SHEET), darker)
-    elif view == "in use" and domain == "kitchen":
-        pen.rectangle((112, 10, 182, 80), (206, 228, 240), (250, 250, 250), 5)
-        pen.line((147, 10, 147, 80), (250, 250, 250), 4); pen.line((112, 45, 182, 45), (250, 250, 250), 4)
-        pen.rectangle((0, 146, _SHEET, _SHEET), (190, 150, 108)); pen.line((0, 147, _SHEET, 147), (150, 112, 76), 4)
-    elif view == "in use" and domain == "wardrobe":
-        pen.rectangle((0, 160, _SHEET, _SHEET), (176, 150, 130)); pen.rectangle((8, 14, 184, 20), (120, 104, 92))
-        for x in (22, 170): pen.rectangle((x - 3, 14, x + 3, 170), (120, 104, 92))
-    elif view == "in use":
-        pen.rectangle((0, 132, _SHEET, _SHEET), (186, 206, 170))
-        pen.ellipse((18, 140, 174, 190), (228, 208, 176), (204, 180, 146), 4)
-        for x, c in ((14, (214, 120, 110)), (44, (116, 150, 204)), (152, (232, 196, 100))):
-            pen.rectangle((x, 112, x + 24, 134), c)
+def _scene(domain, view, paper):
+    "Draw the background of a view on the sheet, on paper of colour number `paper`."
+    darker = tuple(int(c * .86) for c in _PAPERS[paper])
+    image = Image.new("RGB", (_SHEET, _SHEET), _PAPERS[paper])
+    pen = ImageDraw.Draw(image)
+    for shape, corners, fill, *outline in _SCENES[domain if view == "in use" else view]:
+        getattr(pen, shape)(corners, darker if fill == "darker" else fill, *outline)
     return image
 
 # %% ../../nbs/10_data.synthetic.ipynb #draw-helpers
-def _place(view: str, size: str, variant: int, spot: tuple) -> tuple[float, float, float, float, float]:
-    "Choose scale, angle, the point where the sheet's centre lands (cx, cy in units), and the texture's zoom."
+def _pose(view, size, variant, circle):
+    "Choose scale, angle, where the sheet's centre lands (units), and the texture's zoom."
     pick = np.random.default_rng([variant, VIEWS.index(view)]).random(4)
-    scale = {"small": 0.62, "medium": 0.78, "large": 0.94}[size] * (0.97 + 0.06 * pick[0])
-    dx, dy = (pick[1] - 0.5) * 6, (pick[2] - 0.5) * 4
+    scale = {"small": .62, "medium": .78, "large": .94}[size] * (.97 + .06 * pick[0])
+    dx, dy = (pick[1] - .5) * 6, (pick[2] - .5) * 4
     if view == "tilted":
-        return scale * 0.92, (1 if pick[3] < 0.5 else -1) * (0.2 + 0.35 * pick[0]), 50 + dx, 50 + dy, 1.0
-    if view == "close-up": return 1.7, 0.0, 50 + (50 - spot[0]) * 1.2 + dx, 50 + (50 - spot[1]) * 1.2 + dy, 1.7
-    if view == "in use": return scale * 0.8, 0.0, 50 + dx, 88 - 50 * scale * 0.8 - dy / 2, 1.0
+        angle = (1 if pick[3] < .5 else -1) * (.2 + .35 * pick[0])
+        return scale * .92, angle, 50 + dx, 50 + dy, 1.0
+    if view == "close-up":
+        return 1.7, 0.0, 50 + (50 - circle[0]) * 1.2 + dx, 50 + (50 - circle[1]) * 1.2 + dy, 1.7
+    if view == "in use": return scale * .8, 0.0, 50 + dx, 88 - 50 * scale * .8 - dy / 2, 1.0
     return scale, 0.0, 50 + dx, 94 - 50 * scale + dy / 2 - 2, 1.0
 
+# %% ../../nbs/10_data.synthetic.ipynb #turn
+def _turned(layers, scale, angle, x, y):
+    "Scale and turn layers about their centre, and move it to `(x, y)`."
+    cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
+    inverse = (cos, sin, (50 - cos * x - sin * y) * _UNIT,
+               -sin, cos, (50 + sin * x - cos * y) * _UNIT)
+    return layers.transform((_SHEET, _SHEET), Image.Transform.AFFINE, inverse,
+                            Image.Resampling.BILINEAR).split()
+
+# %% ../../nbs/10_data.synthetic.ipynb #surface
+def _surface(look, accented, zoom):
+    "Colour a sheet as the thing's surface; `accented` is the mask of its accent."
+    surface = Image.new("RGB", (_SHEET, _SHEET), COLOURS[look["colour"]])
+    surface.paste(COLOURS[look["accent"]], mask=accented)
+    dark, light = _texture(look["material"], zoom)
+    surface = ImageChops.multiply(surface, dark)
+    return surface if light is None else ImageChops.screen(surface, light)
+
 # %% ../../nbs/10_data.synthetic.ipynb #ink
-def _ink(rgb: tuple, amount: float) -> tuple[int, int, int]:
-    "Darken a colour, or lighten it where it is nearly black already, for lines that can be seen."
-    return tuple(int(c * amount) for c in rgb) if sum(rgb) > 160 else tuple(int(c + 62) for c in rgb)
+def _ink(rgb, amount):
+    "Darken a colour, or lighten one that is nearly black, for lines that can be seen."
+    return tuple(int(c * amount) if sum(rgb) > 160 else int(c + 62) for c in rgb)
+
+def _print_motif(image, look, circle, scale, angle, x, y):
+    "Print the motif's disc and the motif into the turned circle of the stencil."
+    dx, dy, radius = (circle[0] - 50) * scale, (circle[1] - 50) * scale, circle[2] * scale
+    x += dx * np.cos(angle) - dy * np.sin(angle)
+    y += dx * np.sin(angle) + dy * np.cos(angle)
+    motif, disc, _ = _motif(look["motif"], max(8, int(2 * radius * _UNIT))).split()
+    corner = (int((x - radius) * _UNIT), int((y - radius) * _UNIT))
+    accent = COLOURS[look["accent"]]
+    image.paste((252, 248, 236), corner, disc)
+    image.paste(_ink(accent, .85) if sum(accent) < 600 else (90, 84, 80), corner, motif)
 
 # %% ../../nbs/10_data.synthetic.ipynb #draw-item
-def draw_item(attributes: dict,       # `VISIBLE` attribute → value, and "domain"
-              view: str = "front",    # one of `VIEWS`
-              variant: int = 0,       # >= 0; backdrop, angle and position
-              image_size: int = 96,   # side of the picture in pixels
-              ) -> Image.Image:       # RGB picture, the same for the same arguments
-    "Draw one picture of an item."
-    a = attributes; main, accent = COLOURS[a["colour"]], COLOURS[a["accent"]]
-    stencil, spot = _stencil(a["kind"])
-    scale, angle, cx, cy, zoom = _place(view, a["size"], variant, spot)
-    unit = _SHEET / 100; cos, sin = np.cos(angle) / scale, np.sin(angle) / scale  # inverse map: picture → sheet
-    inverse = (cos, sin, (50 - cos * cx - sin * cy) * unit, -sin, cos, (50 + sin * cx - cos * cy) * unit)
-    layers = Image.merge("CMYK", (*stencil.split(), _pattern(a["pattern"])))
-    body, trim, line, pattern = layers.transform((_SHEET, _SHEET), Image.Transform.AFFINE, inverse,
-                                                 Image.Resampling.BILINEAR).split()
-    surface = Image.new("RGB", (_SHEET, _SHEET), main)
-    surface.paste(accent, mask=ImageChops.lighter(pattern, trim))
-    dark, light = _texture(a["material"], zoom)
-    surface = ImageChops.multiply(surface, dark)
-    if light is not None: surface = ImageChops.screen(surface, light)
-    inside = ImageChops.add(body, trim)
-    if a["material"] == "glass": inside = inside.point(lambda v: int(v * 0.66))
-    picture = _scene(a["domain"], view, variant % len(_BACKDROPS)).copy()
+def draw_item(
+    attributes: dict[str, str],  # `VISIBLE` attribute -> value, and `"domain"`
+    view: str = "front",  # one of `VIEWS`
+    variant: int = 0,  # >= 0; chooses backdrop, angle and position
+    image_size: int = 96,  # side of the image in pixels
+) -> Image.Image:  # RGB, the same for the same arguments
+    "Draw one image of an item."
+    stencil, circle = _stencil(attributes["kind"])
+    *pose, zoom = _pose(view, attributes["size"], variant, circle)
+    layers = Image.merge("CMYK", (*stencil.split(), _pattern(attributes["pattern"])))
+    body, trim, line, pattern = _turned(layers, *pose)
+    image = _scene(attributes["domain"], view, variant % len(_PAPERS)).copy()
     if view in ("front", "in use"):
-        foot, left, right = (cy + 46 * scale) * unit, (cx - 40 * scale) * unit, (cx + 40 * scale) * unit
-        ImageDraw.Draw(picture).ellipse((left, foot - 8, right, foot + 8), (150, 146, 144))
-    picture.paste(surface, mask=inside); picture.paste(_ink(main, 0.45), mask=line)
-    if a["motif"] != "none":
-        x, y, radius = (spot[0] - 50) * scale, (spot[1] - 50) * scale, spot[2] * scale
-        mx, my = cx + x * np.cos(angle) - y * np.sin(angle), cy + x * np.sin(angle) + y * np.cos(angle)
-        ink, disc, _ = _motif(a["motif"], max(8, int(2 * radius * unit))).split()
-        corner = (int((mx - radius) * unit), int((my - radius) * unit))
-        picture.paste((252, 248, 236), corner, disc)
-        picture.paste(_ink(accent, 0.85) if sum(accent) < 600 else (90, 84, 80), corner, ink)
-    return picture.resize((image_size, image_size), Image.Resampling.BOX)
+        scale, _, x, y = pose
+        left, right, foot = ((x - 40 * scale) * _UNIT, (x + 40 * scale) * _UNIT,
+                             (y + 46 * scale) * _UNIT)
+        ImageDraw.Draw(image).ellipse((left, foot - 8, right, foot + 8), (150, 146, 144))
+    inside = ImageChops.add(body, trim)
+    if attributes["material"] == "glass": inside = inside.point(lambda v: int(v * .66))
+    image.paste(_surface(attributes, ImageChops.lighter(pattern, trim), zoom), mask=inside)
+    image.paste(_ink(COLOURS[attributes["colour"]], .45), mask=line)
+    if attributes["motif"] != "none": _print_motif(image, attributes, circle, *pose)
+    return image.resize((image_size, image_size), Image.Resampling.BOX)
 
 # %% ../../nbs/10_data.synthetic.ipynb #look-code
-def in_caption_corpus(domain: str,         # "kitchen", "wardrobe" or "toys"
-                      codes: np.ndarray,   # `[N, 7]` value numbers of the `VISIBLE` attributes
-                      ) -> np.ndarray:     # `[N]` True where the look is reserved for the caption corpus
+def in_caption_corpus(
+    domain: str,  # `"kitchen"`, `"wardrobe"` or `"toys"`
+    codes: np.ndarray,  # `[N, 7]` for each `VISIBLE` attribute, which of its values it has
+) -> np.ndarray:  # `[N]` True where the look is reserved for the caption corpus
     "Decide which looks only the caption corpus may draw (a quarter of them)."
     sizes = [len(attribute_values(domain, a)) for a in VISIBLE]
     number = np.ravel_multi_index(tuple(np.asarray(codes).T), sizes).astype(np.uint64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64 scrambles the bits
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
         number = (number ^ (number >> np.uint64(shift))) * np.uint64(factor)
     return (number ^ (number >> np.uint64(31))) % np.uint64(4) == 0
 
 # %% ../../nbs/10_data.synthetic.ipynb #draw-looks
-def _draw_codes(domain: str, probabilities: list, n: int, corpus: bool, rng: np.random.Generator) -> np.ndarray:
-    "Draw `[n, 7]` value numbers; `probabilities[a]` is `[n, values]` or `[values]` for attribute a of `VISIBLE`."
-    cumulative = [np.broadcast_to(np.cumsum(p, axis=-1), (n, np.shape(p)[-1])) for p in probabilities]
-    codes = np.zeros((n, len(VISIBLE)), dtype=np.int64); todo = np.arange(n)
+def _draw_values(cumulative, rng):
+    "Draw a value for each row of cumulative weights `[N, values]`."
+    return (rng.random((len(cumulative), 1)) * cumulative[:, -1:] >= cumulative).sum(1)
+
+# %% ../../nbs/10_data.synthetic.ipynb #draw-codes
+def _draw_codes(domain, probabilities, corpus, rng):
+    "Draw `[N, 7]` values, given the probabilities `[N, values]` of each `VISIBLE` attribute."
+    cumulative = [np.cumsum(p, axis=1) for p in probabilities]
+    todo = np.arange(len(cumulative[0]))
+    codes = np.zeros((len(todo), len(VISIBLE)), dtype=np.int64)
     while len(todo):
-        for column, c in enumerate(cumulative):
-            codes[todo, column] = (rng.random((len(todo), 1)) * c[todo, -1:] >= c[todo]).sum(1)
-        wrong = (codes[todo, 1] == codes[todo, 2]) | (in_caption_corpus(domain, codes[todo]) != corpus)
-        todo = todo[wrong]
+        codes[todo] = np.stack([_draw_values(c[todo], rng) for c in cumulative], axis=1)
+        one_colour = codes[todo, 1] == codes[todo, 2]
+        todo = todo[one_colour | (in_caption_corpus(domain, codes[todo]) != corpus)]
     return codes
 
 # %% ../../nbs/10_data.synthetic.ipynb #words
 WORDS = {
-    "colour": {"red": ("red", "crimson"), "orange": ("orange", "tangerine"), "yellow": ("yellow", "lemon"),
-               "green": ("green", "emerald"), "teal": ("teal", "turquoise"), "blue": ("blue", "cobalt"),
-               "purple": ("purple", "violet"), "pink": ("pink", "blush"), "brown": ("brown", "chestnut"),
-               "black": ("black", "ebony"), "white": ("white", "ivory"), "grey": ("grey", "slate")},
-    "pattern": {"plain": ("plain", "unpatterned"), "striped": ("striped", "banded"), "dotted": ("dotted", "spotted"),
-                "checked": ("checked", "gingham"), "zigzag": ("zigzag", "chevron"), "wavy": ("wavy", "rippled"),
+    "colour": {"red": ("red", "crimson"), "orange": ("orange", "tangerine"),
+               "yellow": ("yellow", "lemon"), "green": ("green", "emerald"),
+               "teal": ("teal", "turquoise"), "blue": ("blue", "cobalt"),
+               "purple": ("purple", "violet"), "pink": ("pink", "blush"),
+               "brown": ("brown", "chestnut"), "black": ("black", "ebony"),
+               "white": ("white", "ivory"), "grey": ("grey", "slate")},
+    "pattern": {"plain": ("plain", "unpatterned"), "striped": ("striped", "banded"),
+                "dotted": ("dotted", "spotted"), "checked": ("checked", "gingham"),
+                "zigzag": ("zigzag", "chevron"), "wavy": ("wavy", "rippled"),
                 "two-tone": ("two-tone", "half-and-half")},
-    "material": {"ceramic": ("ceramic", "stoneware"), "wood": ("wood", "oak"), "metal": ("metal", "steel"),
-                 "glass": ("glass",), "plastic": ("plastic", "vinyl"), "cotton": ("cotton", "jersey"),
-                 "wool": ("wool", "knitted wool"), "denim": ("denim",), "leather": ("leather", "cowhide")},
-    "size": {"small": ("small", "compact"), "medium": ("medium", "mid-sized"), "large": ("large", "big")},
-    "motif": {"star": ("star",), "heart": ("heart",), "leaf": ("leaf", "frond"), "fish": ("fish", "goldfish"),
-              "moon": ("moon", "crescent"), "flower": ("flower", "blossom"), "tree": ("tree", "fir"),
-              "cat": ("cat", "kitten")},
-    "kind": {"mug": ("mug", "cup"), "plate": ("plate", "dish"), "kettle": ("kettle", "water boiler"),
-             "teapot": ("teapot", "tea server"), "jar": ("jar", "canister"), "bowl": ("bowl", "basin"),
-             "chopping board": ("chopping board", "cutting board"), "pan": ("pan", "skillet"),
-             "bottle": ("bottle", "flask"), "vase": ("vase", "urn"), "shirt": ("shirt", "tee"),
-             "dress": ("dress", "frock"), "hat": ("hat", "sun hat"), "sock": ("sock", "stocking"),
-             "bag": ("bag", "tote"), "scarf": ("scarf", "shawl"), "boot": ("boot", "wellington"),
-             "trousers": ("pair of trousers", "pair of slacks"), "mitten": ("mitten", "glove"),
-             "umbrella": ("umbrella", "parasol"), "robot": ("robot", "android"), "car": ("car", "automobile"),
-             "block tower": ("block tower", "set of stacking blocks"), "ball": ("ball", "playground ball"),
-             "kite": ("kite", "wind flyer"), "boat": ("boat", "sailing ship"), "rocket": ("rocket", "spaceship"),
-             "teddy bear": ("teddy bear", "cuddly bear"), "drum": ("drum", "tambour"),
-             "spinning top": ("spinning top", "whirligig")}}
+    "material": {"ceramic": ("ceramic", "stoneware"), "wood": ("wood", "oak"),
+                 "metal": ("metal", "steel"), "glass": ("glass",), "plastic": ("plastic", "vinyl"),
+                 "cotton": ("cotton", "jersey"), "wool": ("wool", "knitted wool"),
+                 "denim": ("denim",), "leather": ("leather", "cowhide")},
+    "size": {"small": ("small", "compact"), "medium": ("medium", "mid-sized"),
+             "large": ("large", "big")},
+    "motif": {"star": ("star",), "heart": ("heart",), "leaf": ("leaf", "frond"),
+              "fish": ("fish", "goldfish"), "moon": ("moon", "crescent"),
+              "flower": ("flower", "blossom"), "tree": ("tree", "fir"), "cat": ("cat", "kitten")}}
 WORDS["accent"] = WORDS["colour"]
 
+# %% ../../nbs/10_data.synthetic.ipynb #kind-words
+WORDS["kind"] = {
+    "mug": ("mug", "cup"), "plate": ("plate", "dish"), "kettle": ("kettle", "water boiler"),
+    "teapot": ("teapot", "tea server"), "jar": ("jar", "canister"), "bowl": ("bowl", "basin"),
+    "chopping board": ("chopping board", "cutting board"), "pan": ("pan", "skillet"),
+    "bottle": ("bottle", "flask"), "vase": ("vase", "urn"), "shirt": ("shirt", "tee"),
+    "dress": ("dress", "frock"), "hat": ("hat", "sun hat"), "sock": ("sock", "stocking"),
+    "bag": ("bag", "tote"), "scarf": ("scarf", "shawl"), "boot": ("boot", "wellington"),
+    "trousers": ("pair of trousers", "pair of slacks"), "mitten": ("mitten", "glove"),
+    "umbrella": ("umbrella", "parasol"), "robot": ("robot", "android"),
+    "car": ("car", "automobile"), "block tower": ("block tower", "set of stacking blocks"),
+    "ball": ("ball", "playground ball"), "kite": ("kite", "wind flyer"),
+    "boat": ("boat", "sailing ship"), "rocket": ("rocket", "spaceship"),
+    "teddy bear": ("teddy bear", "cuddly bear"), "drum": ("drum", "tambour"),
+    "spinning top": ("spinning top", "whirligig")}
+
 # %% ../../nbs/10_data.synthetic.ipynb #sentences
-SENTENCES = {
+_SENTENCES = {
     "kind": ("This is a {}.", "Meet our new {}.", "Everybody needs a {}."),
     "colour": ("It comes in {}.", "The main colour is {}.", "Shown here in {}."),
     "accent": ("The trim is {}.", "It is finished with {} trim.", "Details in {} set it off."),
     "pattern": ("The surface is {}.", "It has a {} design.", "Note the {} pattern."),
     "material": ("It is made of {}.", "Made from {} that lasts.", "Material: {}."),
     "size": ("This is the {} one.", "Size: {}.", "It is {} for its kind."),
-    "motif": ("A {} is printed on the front.", "It carries the picture of a {}.", "Look for the {} on it."),
+    "motif": ("A {} is printed on the front.", "It carries the picture of a {}.",
+              "Look for the {} on it."),
     "brand": ("By {}.", "Designed by {}.", "A piece from the {} range."),
     "occasion": ("Perfect for a {}.", "Many buy it for a {}.", "It was thought up for a {}."),
     "care": ("Care: {}.", "To clean, {}.", "We advise you to {}.")}
-FILLERS = ("It arrives gift wrapped.", "Our customers keep coming back for it.", "Returns are free for thirty days.",
-           "Each one is looked over by hand before it leaves us.",
-           "It ships within two days.", "New this season.", "We think you will keep it for years.")
+_FILLERS = ("It arrives gift wrapped.", "Our customers keep coming back for it.",
+            "Returns are free for thirty days.",
+            "Each one is looked over by hand before it leaves us.", "It ships within two days.",
+            "New this season.", "We think you will keep it for years.")
 
 # %% ../../nbs/10_data.synthetic.ipynb #article
-def _with_article(text: str) -> str:
+def _with_article(text):
     "Turn 'a orange' into 'an orange' and start with a capital letter."
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
     return text[:1].upper() + text[1:]
 
 # %% ../../nbs/10_data.synthetic.ipynb #say
-def say(attribute: str,    # one of `VISIBLE` or `HIDDEN`
-        value: str,        # its value
-        word: int = 0,     # which of its words, counted round
-        sentence: int = 0  # which of the sentences, counted round
-        ) -> str:          # one sentence
-    "Put one attribute into words."
-    words = WORDS[attribute][value] if attribute in WORDS else (value,)
-    return _with_article(SENTENCES[attribute][sentence % len(SENTENCES[attribute])].format(words[word % len(words)]))
+def _word(attribute, value, number):
+    "Choose one of a value's words, counted round."
+    words = WORDS.get(attribute, {}).get(value, (value,))
+    return words[number % len(words)]
 
-# %% ../../nbs/10_data.synthetic.ipynb #captions
-CAPTIONS = ("a photo of a {size} {colour} {pattern} {material} {kind} with {accent} trim{motif}",
-            "a {size} {pattern} {kind} in {colour} and {accent}, made of {material}{motif}",
-            "{colour} {material} {kind}, {pattern}, {accent} trim, {size}{motif}",
-            "a {colour} {kind} of {material}, {size} and {pattern}, trimmed in {accent}{motif}")
+def say(
+    attribute: str,  # one of `VISIBLE` or `HIDDEN`
+    value: str,  # its value
+    word: int = 0,  # which of its words, counted round
+    sentence: int = 0,  # which of the sentences, counted round
+) -> str:  # one sentence
+    "Put one attribute into words."
+    sentences = _SENTENCES[attribute]
+    return _with_article(sentences[sentence % len(sentences)].format(_word(attribute, value, word)))
+
+# %% ../../nbs/10_data.synthetic.ipynb #caption-sentence
+_CAPTIONS = ("a photo of a {size} {colour} {pattern} {material} {kind} with {accent} trim{motif}",
+             "a {size} {pattern} {kind} in {colour} and {accent}, made of {material}{motif}",
+             "{colour} {material} {kind}, {pattern}, {accent} trim, {size}{motif}",
+             "a {colour} {kind} of {material}, {size} and {pattern}, trimmed in {accent}{motif}")
+
+def _one_sentence(words, view, template):
+    "Fill a caption's template; what is not among the words leaves no gap."
+    motif = f", with a {words['motif']} on it" if "motif" in words else ""
+    text = template.format(**{"size": ""} | words | {"motif": motif})
+    if view == "close-up": text = "a close-up of " + text.removeprefix("a photo of ")
+    text = re.sub(r"(, and|,) *(?=,|$)| (?=,)", "", re.sub(r" +", " ", text))
+    return _with_article(text.replace(", and ", ", ").strip())
 
 # %% ../../nbs/10_data.synthetic.ipynb #caption
-def caption(attributes: dict,         # attribute → value, and "domain"
-            view: str,                # one of `VIEWS`
-            rng: np.random.Generator  # chooses words and sentences
-            ) -> str:                 # names every attribute visible in that view (a close-up does not show the size)
-    "Describe one picture completely."
-    names = [a for a in VISIBLE if not (a == "size" and view == "close-up") and attributes[a] != "none"]
+def caption(
+    attributes: dict[str, str],  # attribute -> value, and `"domain"`
+    view: str,  # one of `VIEWS`
+    rng: np.random.Generator,  # chooses words and sentences
+) -> str:  # names every attribute visible in that view
+    "Describe one image completely."
+    names = [a for a in VISIBLE if attributes[a] != "none" and (a, view) != ("size", "close-up")]
     pick = rng.integers(0, 12, (len(names), 2))
-    if rng.random() < 0.5:
+    if rng.random() < .5:
         order = rng.permutation(len(names))
         return " ".join(say(names[i], attributes[names[i]], *pick[i]) for i in order)
-    word = {a: WORDS[a][attributes[a]][k % len(WORDS[a][attributes[a]])] for a, (k, _) in zip(names, pick)}
-    word["motif"] = f", with a {word['motif']} on it" if "motif" in word else ""
-    text = CAPTIONS[rng.integers(len(CAPTIONS))].format(**{"size": ""} | word)
-    if view == "close-up": text = "a close-up of " + text.removeprefix("a photo of ")
-    text = re.sub(r"(, and|,) *(?=,|$)| (?=,)", "", re.sub(r" +", " ", text)).replace(", and ", ", ").strip()
-    return _with_article(text)
+    words = {a: _word(a, attributes[a], number) for a, (number, _) in zip(names, pick)}
+    return _one_sentence(words, view, _CAPTIONS[rng.integers(len(_CAPTIONS))])
 
 # %% ../../nbs/10_data.synthetic.ipynb #caption-corpus
-def make_caption_corpus(n: int,                  # pictures
-                        seed: int = 1,           # any whole number
-                        *, image_size: int = 96,  # side of a picture in pixels
-                        progress: bool = False,  # show a bar
-                        ) -> tuple[np.ndarray, list[str]]:  # images uint8 `[n, image_size, image_size, 3]`, n captions
-    "Draw pictures with complete captions; they share no look with any marketplace, whatever the seeds."
+def make_caption_corpus(
+    n: int,  # images
+    seed: int = 1,
+    *,
+    image_size: int = 96,  # side of an image in pixels
+    progress: bool = False,  # show progress bars
+) -> tuple[np.ndarray, list[str]]:  # images uint8 `[n, image_size, image_size, 3]`, and n captions
+    "Draw images with complete captions; they share no look with any marketplace of any seed."
     rng = np.random.default_rng(derive_seed(seed, "caption corpus"))
     images, captions = np.empty((n, image_size, image_size, 3), dtype=np.uint8), [""] * n
-    domains = rng.integers(0, len(KINDS), n); views = rng.integers(0, len(VIEWS), n)
-    with tqdm(total=n, disable=not progress, desc="captions") as bar:
-        for number, domain in enumerate(KINDS):
-            rows = np.flatnonzero(domains == number)
-            even = [np.ones(len(attribute_values(domain, a))) for a in VISIBLE]
-            codes = _draw_codes(domain, even, len(rows), True, rng)
-            for row, code in zip(rows, codes):
-                look = {a: attribute_values(domain, a)[c] for a, c in zip(VISIBLE, code)} | {"domain": domain}
-                view = VIEWS[views[row]]
-                images[row] = np.asarray(draw_item(look, view, int(rng.integers(1 << 30)), image_size))
-                captions[row] = caption(look, view, rng); bar.update()
+    domains, views = rng.integers(0, len(KINDS), n), rng.integers(0, len(VIEWS), n)
+    for number, domain in enumerate(KINDS):
+        rows = np.flatnonzero(domains == number)
+        values = [attribute_values(domain, a) for a in VISIBLE]
+        even = [np.ones((len(rows), len(v))) for v in values]
+        codes = _draw_codes(domain, even, True, rng)
+        for row, code in zip(tqdm(rows, f"captions: {domain}", disable=not progress), codes):
+            look = {a: v[c] for a, v, c in zip(VISIBLE, values, code)} | {"domain": domain}
+            view, variant = VIEWS[views[row]], int(rng.integers(1 << 30))
+            images[row] = np.asarray(draw_item(look, view, variant, image_size))
+            captions[row] = caption(look, view, rng)
     return images, captions
 
 # %% ../../nbs/10_data.synthetic.ipynb #plant-interests
-FAVOURITES = {"kind": 4, "colour": 2, "accent": 2, "pattern": 2, "material": 2, "motif": 2, "brand": 2, "occasion": 2}
+_FAVOURITES = {"kind": 4, "colour": 2, "accent": 2, "pattern": 2, "material": 2, "motif": 2,
+               "brand": 2, "occasion": 2}
 
-def plant_interests(domain: str,             # "kitchen", "wardrobe" or "toys"
-                    n_interests: int = 8,    # C, interests of the domain
-                    seed: int = 0,           # the marketplace's seed
-                    purity: float = 0.9,     # part of the probability on the favourites, 0 to 1
-                    ) -> dict[str, np.ndarray]:  # attribute → probabilities `[C, values]`, rows sum to 1
+def plant_interests(
+    domain: str,  # `"kitchen"`, `"wardrobe"` or `"toys"`
+    n_interests: int = 8,  # C, interests of the domain
+    seed: int = 0,  # the marketplace's seed
+    purity: float = .9,  # part of the probability on the favourites, 0 to 1
+) -> dict[str, np.ndarray]:  # attribute -> probabilities `[C, values]`, rows sum to 1
     "Draw each interest's favourite values of each attribute."
     probabilities = {}
     for a in VISIBLE + HIDDEN:
-        own = (domain,) if a in ("kind", "material", "brand") else ()
+        own = (domain,) if a in _OWN else ()
         rng = np.random.default_rng(derive_seed(seed, "interests", a, *own))
-        n_values = len(attribute_values(domain, a)); n = FAVOURITES.get(a, n_values)
+        n_values = len(attribute_values(domain, a))
+        n = _FAVOURITES.get(a, n_values)
         favourites = np.argsort(rng.random((n_interests, n_values)), axis=1)[:, :n]
         p = np.full((n_interests, n_values), (1 - purity) / n_values)
         np.put_along_axis(p, favourites, p[0, 0] + purity / n, axis=1)
@@ -472,493 +580,539 @@ def plant_interests(domain: str,             # "kitchen", "wardrobe" or "toys"
     return probabilities
 
 # %% ../../nbs/10_data.synthetic.ipynb #make-items
-def _make_items(domain: str, n_items: int, probabilities: dict, rng: np.random.Generator) -> tuple:
-    "Draw value numbers `[V, 10]` of the items and the interest `[V]` each was made for."
+def _make_items(domain, n_items, probabilities, rng):
+    "Draw values `[V, 10]` of the items' attributes and the interest `[V]` each was made for."
     made_for = rng.integers(0, len(probabilities["kind"]), n_items)
-    visible = _draw_codes(domain, [probabilities[a][made_for] for a in VISIBLE], n_items, False, rng)
-    hidden = [(rng.random((n_items, 1)) >= np.cumsum(probabilities[a][made_for], 1)[:, :-1]).sum(1) for a in HIDDEN]
-    return np.column_stack([visible, *hidden]), made_for
+    codes = _draw_codes(domain, [probabilities[a][made_for] for a in VISIBLE], False, rng)
+    hidden = [_draw_values(np.cumsum(probabilities[a][made_for], axis=1), rng) for a in HIDDEN]
+    return np.column_stack([codes, *hidden]).astype(np.int32), made_for
 
 # %% ../../nbs/10_data.synthetic.ipynb #fit
-def _fit(codes: np.ndarray, probabilities: dict) -> np.ndarray:
-    "Compute fit `[C, V]` of items to interests."
-    return sum(np.log(p.shape[1] * p)[:, codes[:, column]]
-               for column, p in enumerate(probabilities[a] for a in VISIBLE + HIDDEN))
+def _fit(codes, probabilities):
+    "Compute the fit `[C, V]` of items to interests."
+    logs = [np.log(probabilities[a].shape[1] * probabilities[a]) for a in VISIBLE + HIDDEN]
+    return sum(log[:, column] for log, column in zip(logs, codes.T))
 
 # %% ../../nbs/10_data.synthetic.ipynb #title
-NOUNS = {"kitchen": "kitchen piece", "wardrobe": "wardrobe piece", "toys": "toy"}  # where the kind is left out
+_NOUNS = {"kitchen": "kitchen piece", "wardrobe": "wardrobe piece", "toys": "toy"}  # for "kind"
 
-def _title(domain: str, words: dict) -> str:
+def _title(domain, words):
     "Join the words that a title names."
     front = [words[a] for a in ("brand", "size", "pattern", "colour", "material") if a in words]
     extras = [words[a] + end for a, end in (("motif", " motif"), ("accent", " trim")) if a in words]
-    name = " ".join(front + [words.get("kind", NOUNS[domain])])
+    name = " ".join(front + [words.get("kind", _NOUNS[domain])])
     return name[:1].upper() + name[1:] + (" with " + " and ".join(extras) if extras else "")
 
 # %% ../../nbs/10_data.synthetic.ipynb #listing
-PLAIN = 0.7  # how often a listing uses the plainest word
+_PLAIN = .7  # how often a listing uses the plainest word
 
-def write_listing(attributes: dict,          # attribute → value, and "domain"
-                  named: list[str],          # attributes the listing names; the others occur nowhere in it
-                  rng: np.random.Generator,  # chooses places, words and sentences
-                  description: bool = True,  # False: the listing has none
-                  ) -> tuple[str, str | None, str]:  # title, description (None where missing), details
+def write_listing(
+    attributes: dict[str, str],  # attribute -> value, and `"domain"`
+    named: list[str],  # attributes the listing names; the others occur nowhere in it
+    rng: np.random.Generator,  # chooses part of the listing, words and sentences
+    description: bool = True,  # `False`: the listing has none
+) -> tuple[str, str | None, str]:  # title, description (`None` where missing), details
     "Write an item's listing: two to eight sentences, the title counted as one."
     named = [a for a in named if attributes[a] != "none"]
-    place, pick = rng.random(len(named)), rng.integers(0, 12, (len(named), 2))
-    pick[:, 0] = rng.random(len(named)) >= PLAIN  # the plainest word, or the other one
-    in_title = [a for a, p in zip(named, place) if p < 0.5 and a not in ("occasion", "care")]
+    part, pick = rng.random(len(named)), rng.integers(0, 12, (len(named), 2))
+    pick[:, 0] = rng.random(len(named)) >= _PLAIN  # the plainest word, or the other one
+    in_title = [a for a, p in zip(named, part) if p < .5 and a not in ("occasion", "care")]
     for a in named:  # at most five sentences beside the title and the two friendly ones
-        if len(named) - len(in_title) > 5 and a not in in_title and a in VISIBLE: in_title.append(a)
-    words = {a: WORDS[a][attributes[a]][k % len(WORDS[a][attributes[a]])] if a in WORDS else attributes[a]
-             for a, (k, _) in zip(named, pick) if a in in_title}
-    sentences = ([], [])
-    for a, p, (word, sentence) in zip(named, place, pick):
-        if a in in_title: continue
-        sentences[0 if description and p < 0.8 else 1].append(say(a, attributes[a], word, sentence))
-    for part, filler in zip(sentences, rng.choice(len(FILLERS), 2, replace=False)):
-        if not part or rng.random() < 0.3: part.insert(int(rng.integers(len(part) + 1)), FILLERS[filler])
-    title = _title(attributes["domain"], words)
-    return title, " ".join(sentences[0]) if description else None, " ".join(sentences[1])
+        too_long = len(named) - len(in_title) > 5
+        if too_long and a not in in_title and a in VISIBLE: in_title.append(a)
+    words, sentences = {}, ([], [])
+    for a, p, (word, sentence) in zip(named, part, pick):
+        if a in in_title: words[a] = _word(a, attributes[a], word)
+        else:
+            in_details = int(not description or p >= .8)
+            sentences[in_details].append(say(a, attributes[a], word, sentence))
+    for some, filler in zip(sentences, rng.choice(len(_FILLERS), 2, replace=False)):
+        if not some or rng.random() < .3:
+            some.insert(int(rng.integers(len(some) + 1)), _FILLERS[filler])
+    first, details = map(" ".join, sentences)
+    return _title(attributes["domain"], words), first if description else None, details
 
 # %% ../../nbs/10_data.synthetic.ipynb #behaviour
 @dataclass(frozen=True)
 class Behaviour:
-    "Numbers that describe the customers of a marketplace; the defaults were fixed from real data's statistics."
-    mean_events: float = 8.5       # mean events of a customer, more than 5 (which is the least)
-    max_events: int = 50           # most events of a customer
-    interests_per_user: int = 3    # Q, interests a customer holds
-    session_length: float = 3.5    # mean events of a session
-    drift: float = 0.6             # 0: interests keep their weights; 1: they end with other weights altogether
-    follow: float = 0.18           # probability that an event goes with the previous one of the session
-    repeat: float = 0.02           # probability that an event repeats an earlier one
-    explore: float = 0.12          # probability that an event ignores the interest
-    taste: int = 4                 # items compared by private taste
-    devotion: float = 0.8          # beta, how much the fit to the interest counts
-    enough: float = 4.0            # a fit above this counts as this: well suited is well suited
-    popularity: float = 0.65       # exponent of the popularity's power law
+    "Describe the users of a marketplace; the defaults were fixed from real data's statistics."
+    mean_events: float = 8.5  # mean events of a user, more than 5 (which is the least)
+    max_events: int = 50  # most events of a user
+    interests_per_user: int = 3  # Q, interests a user holds
+    session_length: float = 3.5  # mean events of a session
+    drift: float = .6  # 0: interests keep their weights; 1: they end with other weights altogether
+    follow: float = .18  # probability that an event goes with the previous one of the session
+    repeat: float = .02  # probability that an event repeats an earlier one
+    explore: float = .12  # probability that an event ignores the interest
+    taste: int = 4  # items compared by private taste
+    devotion: float = .8  # beta, how much the fit to the interest counts
+    enough: float = 4.0  # a fit above this counts as this: well suited is well suited
+    popularity: float = .65  # exponent of the popularity's power law
 
 # %% ../../nbs/10_data.synthetic.ipynb #shelves
-def _shelves(weights: np.ndarray) -> np.ndarray:
+def _shelves(weights):
     "Stack cumulative probabilities of `[C, V]` weights into one increasing row `[C * V]`."
     cumulative = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
     cumulative[:, -1] = 1.0
     return (cumulative + np.arange(len(weights))[:, None]).ravel()
 
 # %% ../../nbs/10_data.synthetic.ipynb #draw-from-shelves
-def _draw(shelves: np.ndarray, shelf: np.ndarray, n_items: int, n: int, rng: np.random.Generator) -> np.ndarray:
+def _draw(shelves, shelf, n_items, n, rng):
     "Draw `[rows, n]` items, row r from shelf `shelf[r]`."
-    where = np.searchsorted(shelves, shelf[:, None] + rng.random((len(shelf), n)), side="right")
-    return np.minimum(where - shelf[:, None] * n_items, n_items - 1).astype(np.int32)
+    number = shelf[:, None] + rng.random((len(shelf), n))
+    found = np.searchsorted(shelves, number, side="right") - shelf[:, None] * n_items
+    return np.minimum(found, n_items - 1).astype(np.int32)
 
 # %% ../../nbs/10_data.synthetic.ipynb #companions
-def _companions(codes: np.ndarray, made_for: np.ndarray, shelves: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+_ALIKE = [VISIBLE.index(a) for a in ("colour", "accent", "pattern", "motif")]
+
+def _companions(codes, made_for, shelves, rng):
     "Choose eight items `[V, 8]` that go with each item."
-    n_items = len(codes); found = np.empty((n_items, 8), dtype=np.int32)
-    for start in range(0, n_items, 50_000):
-        rows = np.arange(start, min(start + 50_000, n_items))
-        near = _draw(shelves, made_for[rows], n_items, 40, rng)
-        score = sum((codes[near, VISIBLE.index(a)] == codes[rows, VISIBLE.index(a)][:, None]).astype(np.float32)
-                    for a in ("colour", "accent", "pattern", "motif"))
-        score -= 2.0 * (codes[near, 0] == codes[rows, 0][:, None]) + 9.0 * (near == rows[:, None])
-        same = np.sort(near, axis=1); order = np.argsort(near, axis=1, kind="stable")
-        twice = np.zeros_like(near, dtype=bool)
-        np.put_along_axis(twice, order[:, 1:], same[:, 1:] == same[:, :-1], axis=1)
-        best = np.argsort(-(score - 20.0 * twice), axis=1, kind="stable")[:, :8]
+    found = np.empty((len(codes), 8), dtype=np.int32)
+    for rows in np.array_split(np.arange(len(codes)), -(-len(codes) // 5_000)):
+        near = _draw(shelves, made_for[rows], len(codes), 40, rng)
+        shared = (codes[near][..., _ALIKE] == codes[rows, None][..., _ALIKE]).sum(-1)
+        same_kind = codes[near, 0] == codes[rows, :1]
+        twice = np.tril(near[:, :, None] == near[:, None], -1).any(-1)
+        score = shared - 2 * same_kind - 9 * (near == rows[:, None]) - 20 * twice
+        best = np.argsort(-score, axis=1, kind="stable")[:, :8]
         found[rows] = np.take_along_axis(near, best, axis=1)
     return found
 
 # %% ../../nbs/10_data.synthetic.ipynb #crowd
-_BLOCK = 20_000
-
-def _crowd(n: int, n_interests: int, values: list[int], b: Behaviour, rng: np.random.Generator) -> dict:
-    "Draw what n customers are like: number of events, interests held, first and last weights, private taste."
-    extra = rng.geometric(1 / (b.mean_events - 4), n) - 1
-    held = min(b.interests_per_user, n_interests)
-    weights = rng.dirichlet(np.ones(held), (2, n))
-    return {"n_events": 5 + np.minimum(extra, b.max_events - 5),
-            "interests": np.argsort(rng.random((n, n_interests)), axis=1)[:, :held].astype(np.int32),
-            "first": weights[0], "last": (1 - b.drift) * weights[0] + b.drift * weights[1],
+def _crowd(n, n_interests, values, behaviour, rng):
+    "Draw what n users are like; `values` are the numbers of values of the attributes of taste."
+    extra = rng.geometric(1 / (behaviour.mean_events - 4), n) - 1
+    held = min(behaviour.interests_per_user, n_interests)
+    first, other = rng.dirichlet(np.ones(held), (2, n))
+    order = np.argsort(rng.random((n, n_interests)), axis=1)
+    return {"n_events": 5 + np.minimum(extra, behaviour.max_events - 5),
+            "interests": order[:, :held].astype(np.int32), "first_weights": first,
+            "last_weights": (1 - behaviour.drift) * first + behaviour.drift * other,
             "taste": rng.integers(0, values, (n, len(values)), dtype=np.int32),
             "start": rng.integers(1_640_995_200, 1_704_067_200, n)}  # 2022 and 2023, Unix seconds
 
-# %% ../../nbs/10_data.synthetic.ipynb #choose
-REASONS = ("interest", "follow", "repeat", "explore")
+# %% ../../nbs/10_data.synthetic.ipynb #shop-class
+@dataclass(frozen=True)
+class _Shop:
+    "Hold what the users of one shop choose from."
+    domain: str
+    probabilities: dict[str, np.ndarray]  # of the interests, from `plant_interests`
+    codes: np.ndarray  # `[V, 10]` int32 values of the attributes
+    made_for: np.ndarray  # `[V]` interest
+    shelves: np.ndarray  # `[(C + 1) * V]`, the last one the whole shop by popularity
+    companions: np.ndarray  # `[V, 8]` items
 
-def _choose(shop: dict, taste: np.ndarray, shelf: np.ndarray, history: np.ndarray, follows: np.ndarray,
-            b: Behaviour, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    "Choose an item for each row given its history `[rows, t]`; return items and numbers of their `REASONS`."
-    rows, t = np.arange(len(shelf)), history.shape[1]; chance = rng.random((len(shelf), 4))
-    explores = chance[:, 0] < b.explore
-    near = _draw(shop["shelves"], np.where(explores, shop["n_shelves"] - 1, shelf), shop["n_items"], b.taste, rng)
-    liked = (shop["codes"][near] == taste[:, None]).sum(-1) * ~explores[:, None]
+# %% ../../nbs/10_data.synthetic.ipynb #choose
+_REASONS = ("interest", "follow", "repeat", "explore")
+_RANK_SHARES = np.cumsum(1 / np.arange(1, 9))[:-1] / np.sum(1 / np.arange(1, 9))  # companions
+
+def _choose(shop, taste, shelf, history, follows, behaviour, rng):
+    "Choose an item for each row given its history `[rows, t]`; return items and `_REASONS`."
+    rows, t = np.arange(len(shelf)), history.shape[1]
+    chance = rng.random((len(shelf), 4))
+    explores = chance[:, 0] < behaviour.explore
+    shelf = np.where(explores, len(shop.probabilities["kind"]), shelf)
+    near = _draw(shop.shelves, shelf, len(shop.codes), behaviour.taste, rng)
+    liked = (shop.codes[near, :taste.shape[1]] == taste[:, None]).sum(-1) * ~explores[:, None]
     seen = (near[:, :, None] == history[:, None]).any(-1)
     item, reason = near[rows, np.argmax(liked - 100 * seen, axis=1)], np.where(explores, 3, 0)
     if t == 0: return item, reason
-    rank = np.searchsorted(shop["rank_shares"], chance[:, 1])
-    companion = shop["companions"][history[:, -1], rank]
-    follow = follows & (chance[:, 2] < b.follow) & ~(companion[:, None] == history).any(1)
-    item, reason = np.where(follow, companion, item), np.where(follow, 1, reason)
-    repeat = chance[:, 3] < b.repeat
+    companion = shop.companions[history[:, -1], np.searchsorted(_RANK_SHARES, chance[:, 1])]
+    known = (companion[:, None] == history).any(1)
+    follow = follows & (chance[:, 2] < behaviour.follow) & ~known
+    repeat = chance[:, 3] < behaviour.repeat
     earlier = history[rows, (rng.random(len(rows)) * t).astype(int)]
-    return np.where(repeat, earlier, item), np.where(repeat, 2, reason)
+    item = np.where(repeat, earlier, np.where(follow, companion, item))
+    return item, np.where(repeat, 2, np.where(follow, 1, reason))
 
 # %% ../../nbs/10_data.synthetic.ipynb #shop
-def _shop(shop: dict, crowd: dict, b: Behaviour, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    "Let a crowd shop; return flat columns in customer order: user, item, timestamp, interest, session, reason."
-    n_events = crowd["n_events"]; n = len(n_events); longest = int(n_events.max())
-    order = np.argsort(-n_events, kind="stable")  # at each step the customers still there are the first of this order
-    columns = {c: np.zeros((n, longest), dtype=np.int64 if c == "timestamp" else np.int32)
-               for c in ("item", "timestamp", "interest", "session", "reason")}
-    interest, session, clock = np.zeros(n, np.int32), np.full(n, -1, np.int32), crowd["start"].astype(np.int64)
-    for t in range(longest):
-        who = order[:np.count_nonzero(n_events > t)]
-        fresh = (rng.random(len(who)) < 1 / b.session_length) | (t == 0)
+def _go_shopping(shop, crowd, behaviour, rng):
+    "Let a crowd shop; return user, item, timestamp, interest, session, reason, user by user."
+    n_events = crowd["n_events"]
+    n = len(n_events)
+    history = np.zeros((n, n_events.max()), np.int32)
+    interest, session = np.zeros(n, np.int32), np.full(n, -1, np.int32)
+    clock, steps = crowd["start"].copy(), []
+    longest_first = np.argsort(-n_events, kind="stable")
+    for t in range(history.shape[1]):
+        who = longest_first[:np.count_nonzero(n_events > t)]
+        fresh = (rng.random(len(who)) < 1 / behaviour.session_length) | (t == 0)
         age = (t / n_events[who])[:, None]
-        weights = np.cumsum((1 - age) * crowd["first"][who] + age * crowd["last"][who], axis=1)
-        turn = np.minimum((rng.random((len(who), 1)) >= weights).sum(1), weights.shape[1] - 1)
-        interest[who] = np.where(fresh, crowd["interests"][who, turn], interest[who])
+        weights = (1 - age) * crowd["first_weights"][who] + age * crowd["last_weights"][who]
+        held = _draw_values(np.cumsum(weights, axis=1), rng)
+        interest[who] = np.where(fresh, crowd["interests"][who, held], interest[who])
         session[who] += fresh
-        pause = np.where(fresh, rng.exponential(10 * 86_400, len(who)), 15 + rng.exponential(240, len(who)))
-        clock[who] += (pause * (t > 0)).astype(np.int64)
-        item, reason = _choose(shop, crowd["taste"][who], interest[who], columns["item"][who, :t], ~fresh, b, rng)
-        for name, value in (("item", item), ("timestamp", clock[who]), ("interest", interest[who]),
-                            ("session", session[who]), ("reason", reason)): columns[name][who, t] = value
-    there = np.arange(longest) < n_events[:, None]
-    return {"user": np.repeat(np.arange(n), n_events)} | {name: value[there] for name, value in columns.items()}
+        days, minutes = (rng.exponential(mean, len(who)) for mean in (10 * 86_400, 240))
+        if t: clock[who] += np.where(fresh, days, 15 + minutes).astype(np.int64)
+        item, reason = _choose(shop, crowd["taste"][who], interest[who], history[who, :t], ~fresh,
+                               behaviour, rng)
+        history[who, t] = item
+        steps.append(pl.DataFrame({"user": who, "item": item, "timestamp": clock[who],
+                                   "interest": interest[who], "session": session[who],
+                                   "reason": reason}))
+    return pl.concat(steps).sort("user", maintain_order=True)
 
 # %% ../../nbs/10_data.synthetic.ipynb #truth
 @dataclass(frozen=True)
 class Truth:
-    "What was planted; for teaching and measuring only."
-    attributes: pl.DataFrame  # one row an item: all attributes, `named` (in its text), views, made_for, companions
-    events: pl.DataFrame      # rows aligned with `Marketplace.interactions`: interest, session, reason
-    users: pl.DataFrame       # one row a customer: user_id, domain, interests, first_weights, last_weights
-    interests: pl.DataFrame   # one row a domain and interest: the favourite values of each attribute
+    "Hold what was planted; for teaching and measuring only."
+    attributes: pl.DataFrame  # of each item, with `named` in its text, views, made_for, companions
+    events: pl.DataFrame  # rows aligned with `Marketplace.interactions`: interest, session, reason
+    users: pl.DataFrame  # a row a user: user_id, domain, interests, first_weights, last_weights
+    interests: pl.DataFrame  # a row a domain and interest: the favourite values of each attribute
 
 # %% ../../nbs/10_data.synthetic.ipynb #marketplace-class
 @dataclass(frozen=True)
 class Marketplace:
-    "Hold the tables of one or several shops; pictures are drawn when they are asked for."
-    interactions: pl.DataFrame  # user_id, item_id, timestamp (Unix seconds), by customer and time
-    items: pl.DataFrame         # item_id, domain, title, description, details, images (file names)
-    truth: Truth                # what was planted, never shown to a model
-    seed: int                   # the seed it was made from
-    image_size: int = 96        # side of a picture in pixels
-    _rows: dict = field(default_factory=dict, repr=False, compare=False)  # item_id → row of truth.attributes
+    "Hold the tables of one or several shops; images are drawn when they are asked for."
+    interactions: pl.DataFrame  # user_id, item_id, timestamp (Unix seconds), by user and time
+    items: pl.DataFrame  # item_id, domain, title, description, details, images (file names)
+    truth: Truth  # what was planted, never shown to a model
+    seed: int  # the seed it was made from
+    image_size: int = 96  # side of an image in pixels
 
     @property
     def domains(self) -> list[str]:  # in the order they were asked for
         "List the domains."
         return self.items["domain"].unique(maintain_order=True).to_list()
 
-    def domain(self, name: str,      # one of `domains`
-               ) -> "Marketplace":   # that shop alone
-        "Restrict the marketplace to one shop."
-        if name not in self.domains: raise ValueError(f"no domain {name!r} here: choose from {', '.join(self.domains)}")
-        keep = pl.col("domain") == name; t = self.truth
-        mine = self.interactions["item_id"].is_in(self.items.filter(keep)["item_id"].implode())
-        truth = Truth(t.attributes.filter(keep), t.events.filter(mine), t.users.filter(keep), t.interests.filter(keep))
-        return Marketplace(self.interactions.filter(mine), self.items.filter(keep), truth, self.seed, self.image_size)
+    @cached_property
+    def _row_of(self): return {t: row for row, t in enumerate(self.truth.attributes["item_id"])}
 
-    def draw(self, file_name: str,   # such as "kitchen-0012_0.png", from the `images` column
-             ) -> Image.Image:       # RGB
-        "Draw one picture; raises KeyError for a picture no item has."
+    def domain(
+        self,
+        name: str,  # one of `domains`
+    ) -> "Marketplace":  # that shop alone
+        "Restrict the marketplace to one shop; a `ValueError` names those that are here."
+        if name not in self.domains:
+            raise ValueError(f"no domain {name!r} here: choose from {', '.join(self.domains)}")
+        mine = self.interactions["user_id"].str.starts_with(f"{name}-")
+        part = lambda table: table.filter(pl.col("domain") == name)
+        truth = Truth(part(self.truth.attributes), self.truth.events.filter(mine),
+                      part(self.truth.users), part(self.truth.interests))
+        return Marketplace(self.interactions.filter(mine), part(self.items), truth, self.seed,
+                           self.image_size)
+
+    def draw(
+        self,
+        file_name: str,  # such as `"kitchen-0012_0.png"`, from the `images` column
+    ) -> Image.Image:  # RGB
+        "Draw one image; raises `KeyError` for an image no item has."
         return _draw_file(self, file_name)
 
-    def write(self, folder: str | Path,     # must not exist, or be empty, unless `overwrite`
-              *, overwrite: bool = False,   # replace the folder with all that is in it
-              progress: bool = True,        # show a bar while drawing
-              ) -> dict[str, Path]:         # paths of "interactions", "items", "images"
-        "Write interactions.csv, items.jsonl and images/*.png, all of them or nothing; never the truth."
+    def write(
+        self,
+        folder: str | Path,  # must not exist, or be empty, unless `overwrite`
+        *,
+        overwrite: bool = False,  # replace the folder with all that is in it
+        progress: bool = True,  # show a progress bar while drawing
+    ) -> dict[str, Path]:  # paths of `"interactions"`, `"items"`, `"images"`
+        """Write interactions.csv, items.jsonl and images/*.png, all of them or nothing.
+
+        The truth is never written. Raises `FileExistsError` if the folder holds anything."""
         return _write_folder(self, Path(folder), overwrite, progress)
 
 # %% ../../nbs/10_data.synthetic.ipynb #draw-and-write
-def _draw_file(market: Marketplace, file_name: str) -> Image.Image:
-    "Draw the picture called `file_name`."
-    if not market._rows: market._rows.update((t, row) for row, t in enumerate(market.truth.attributes["item_id"]))
+def _draw_file(market, file_name):
+    "Draw the image called `file_name`."
     token, _, number = file_name.removesuffix(".png").rpartition("_")
-    row = market._rows.get(token); item = None if row is None else market.truth.attributes.row(row, named=True)
-    if item is None or not number.isdigit() or int(number) >= len(item["views"]):
-        raise KeyError(f"no item has the picture {file_name!r}: take a name from the items' images column")
+    row = market._row_of.get(token)
+    item = {"views": []} if row is None else market.truth.attributes.row(row, named=True)
+    if not number.isdecimal() or int(number) >= len(item["views"]):
+        raise KeyError(f"no item has the image {file_name!r}: take a name from the items' images "
+                       "column")
     variant = derive_seed(market.seed, "picture", token, number) % (1 << 30)
     return draw_item(item, item["views"][int(number)], variant, market.image_size)
 
 # %% ../../nbs/10_data.synthetic.ipynb #write-folder
-def _write_folder(market: Marketplace, folder: Path, overwrite: bool, progress: bool) -> dict[str, Path]:
-    "Write everything beside `folder`, then rename."
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise FileExistsError(f"{folder} exists and is not empty: choose another folder or pass overwrite=True")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        new = Path(scratch) / "new"; (new / "images").mkdir(parents=True)
+def _write_folder(market, folder, overwrite, progress):
+    "Write everything into a temporary folder that becomes `folder`."
+    if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists: choose another folder or pass overwrite=True")
+    with atomic_folder(folder) as new:
         market.interactions.write_csv(new / "interactions.csv")
         market.items.write_ndjson(new / "items.jsonl")
-        names = [name for many in market.items["images"].to_list() for name in many]
-        for name in tqdm(names, disable=not progress, desc="pictures"):
+        (new / "images").mkdir()
+        names = market.items["images"].explode().drop_nulls()
+        for name in tqdm(names, disable=not progress, desc="images"):
             market.draw(name).save(new / "images" / name, compress_level=1)
-        if folder.exists(): folder.rename(Path(scratch) / "old")
-        new.rename(folder)
-    return {"interactions": folder / "interactions.csv", "items": folder / "items.jsonl", "images": folder / "images"}
+    files = {"interactions": "interactions.csv", "items": "items.jsonl", "images": "images"}
+    return {key: folder / name for key, name in files.items()}
 
-# %% ../../nbs/10_data.synthetic.ipynb #items-table
-def _items_table(domain: str, codes: np.ndarray, seed: int, omit: float, missing_image: float,
-                 missing_description: float, max_images: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    "Write the items' public table and the table of their attributes."
-    rng = np.random.default_rng(derive_seed(seed, "listings", domain)); n = len(codes)
-    attributes = VISIBLE + HIDDEN; named = rng.random(codes.shape) >= omit
-    named[:, len(VISIBLE):] = True  # brand, occasion and care are always said
-    n_images = rng.integers(1, max_images + 1, n) * (rng.random(n) >= missing_image)
-    others = np.argsort(rng.random((n, len(VIEWS) - 1)), axis=1) + 1
-    described = rng.random(n) >= missing_description
-    values = [attribute_values(domain, a) for a in attributes]; width = max(4, len(str(n - 1)))
-    public, hidden = [], []
-    for row, code in enumerate(codes.tolist()):
-        item = {a: values[column][c] for column, (a, c) in enumerate(zip(attributes, code))}
-        said = [a for a, yes in zip(attributes, named[row]) if yes and item[a] != "none"]
-        title, description, details = write_listing(item | {"domain": domain}, said, rng, bool(described[row]))
-        token = f"{domain}-{row:0{width}d}"
-        views = [VIEWS[v] for v in (0, *others[row])][:n_images[row]]
-        public.append((token, domain, title, description, details, [f"{token}_{k}.png" for k in range(len(views))]))
-        hidden.append((token, domain, *item.values(), said, views))
-    text, many = pl.String, pl.List(pl.String)
-    schema = dict(item_id=text, domain=text, title=text, description=text, details=text, images=many)
-    truth = dict(item_id=text, domain=text) | {a: text for a in attributes} | dict(named=many, views=many)
-    return pl.DataFrame(public, schema, orient="row"), pl.DataFrame(hidden, truth, orient="row")
+# %% ../../nbs/10_data.synthetic.ipynb #tokens
+def _tokens(prefix, n):
+    "Name n users or items, such as 'toys-u0042'."
+    return prefix + pl.Series(np.arange(n)).cast(pl.String).str.zfill(max(4, len(str(n - 1))))
 
 # %% ../../nbs/10_data.synthetic.ipynb #make-domain
-def _open_shop(domain: str, n_items: int, n_interests: int, purity: float, seed: int, b: Behaviour) -> tuple:
-    "Make a shop's items, shelves and companions: (shop, interest probabilities, made_for)."
+def _open_shop(domain, n_items, n_interests, purity, seed, behaviour):
+    "Make a shop's items, shelves and companions."
     rng = np.random.default_rng(derive_seed(seed, "items", domain))
     probabilities = plant_interests(domain, n_interests, seed, purity)
     codes, made_for = _make_items(domain, n_items, probabilities, rng)
-    popularity = (1.0 + rng.permutation(n_items)) ** -b.popularity
-    weights = popularity * np.exp(b.devotion * np.minimum(_fit(codes, probabilities), b.enough))
-    shelves = _shelves(np.vstack([weights, popularity]))  # the last shelf is the whole shop by popularity
-    shop = {"shelves": shelves, "n_shelves": n_interests + 1, "n_items": n_items,
-            "codes": codes[:, :5].astype(np.int32),  # private taste looks at the first five attributes
-            "rank_shares": np.cumsum(1 / np.arange(1, 9))[:-1] / np.sum(1 / np.arange(1, 9)),
-            "companions": _companions(codes, made_for, shelves, rng)}
-    return codes, shop, probabilities, made_for
+    popularity = (1.0 + rng.permutation(n_items)) ** -behaviour.popularity
+    fit = np.minimum(_fit(codes, probabilities), behaviour.enough)
+    shelves = _shelves(np.vstack([popularity * np.exp(behaviour.devotion * fit), popularity]))
+    companions = _companions(codes, made_for, shelves, rng)
+    return _Shop(domain, probabilities, codes, made_for, shelves, companions)
+
+# %% ../../nbs/10_data.synthetic.ipynb #items-table
+_PUBLIC = {"item_id": pl.String, "domain": pl.String, "title": pl.String, "description": pl.String,
+           "details": pl.String, "images": pl.List(pl.String)}
+_PLANTED = {**dict.fromkeys(("item_id", "domain", *VISIBLE, *HIDDEN), pl.String),
+            "named": pl.List(pl.String), "views": pl.List(pl.String), "made_for": pl.Int64,
+            "companions": pl.List(pl.String)}
+
+def _items_table(shop, seed, omit, missing_image, missing_description, max_images):
+    "Tabulate the items: `_PUBLIC` and `_PLANTED` columns."
+    rng, n = np.random.default_rng(derive_seed(seed, "listings", shop.domain)), len(shop.codes)
+    named = rng.random(shop.codes.shape) >= omit
+    named[:, len(VISIBLE):] = True  # brand, occasion and care are always said
+    n_images = rng.integers(1, max_images + 1, n) * (rng.random(n) >= missing_image)
+    other_views = np.argsort(rng.random((n, len(VIEWS) - 1)), axis=1) + 1
+    described = (rng.random(n) >= missing_description).tolist()
+    values = {a: attribute_values(shop.domain, a) for a in VISIBLE + HIDDEN}
+    tokens, rows = _tokens(f"{shop.domain}-", n).to_list(), []
+    for row, token in enumerate(tokens):
+        item = {a: v[c] for (a, v), c in zip(values.items(), shop.codes[row])}
+        said = [a for a, yes in zip(values, named[row]) if yes and item[a] != "none"]
+        views = [VIEWS[v] for v in (0, *other_views[row])][:n_images[row]]
+        item |= dict(item_id=token, domain=shop.domain, named=said, views=views,
+                     images=[f"{token}_{k}.png" for k in range(len(views))],
+                     made_for=int(shop.made_for[row]),
+                     companions=[tokens[other] for other in shop.companions[row]])
+        listing = write_listing(item, said, rng, described[row])
+        rows.append(item | dict(zip(("title", "description", "details"), listing)))
+    table = pl.DataFrame(rows, _PUBLIC | _PLANTED)
+    return table.select(*_PUBLIC), table.select(*_PLANTED)
 
 # %% ../../nbs/10_data.synthetic.ipynb #fill-shop
-def _fill_shop(domain: str, shop: dict, n_users: int, n_interests: int, seed: int, b: Behaviour) -> tuple:
-    "Let all customers of a shop come, block by block: (event columns, customer columns)."
-    events, users = [], []; values = [len(attribute_values(domain, a)) for a in VISIBLE[:5]]
+_BLOCK = 20_000
+
+def _fill_shop(shop, n_users, seed, behaviour):
+    "Let all users of a shop come, block by block; return the events and the users."
+    events, users, domain = [], [], shop.domain
+    values = [len(attribute_values(domain, a)) for a in VISIBLE[:5]]
     for start in range(0, n_users, _BLOCK):
         rng = np.random.default_rng(derive_seed(seed, "customers", domain, start))
-        users.append(_crowd(min(_BLOCK, n_users - start), n_interests, values, b, rng))
-        events.append(_shop(shop, users[-1], b, rng)); events[-1]["user"] += start
-    join = lambda blocks: {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    return join(events), join([{k: u[k] for k in ("interests", "first", "last")} for u in users])
-
-# %% ../../nbs/10_data.synthetic.ipynb #shop-tables
-def _tokens(domain: str, numbers: np.ndarray, n: int, letter: str = "") -> pl.Series:
-    "Name customers or items by number, such as 'toys-u0042'."
-    width = max(4, len(str(n - 1)))
-    digits = pl.Series(np.arange(n)).cast(pl.String).str.zfill(width)
-    return (f"{domain}-{letter}" + digits).gather(numbers)
-
-# %% ../../nbs/10_data.synthetic.ipynb #planted-tables
-def _planted_tables(domain: str, n_users: int, users: dict, probabilities: dict) -> tuple[pl.DataFrame, pl.DataFrame]:
-    "Tabulate the customers and the interests of a domain."
-    lists = {"interests": users["interests"], "first_weights": users["first"], "last_weights": users["last"]}
-    people = pl.DataFrame({"user_id": _tokens(domain, np.arange(n_users), n_users, "u"), "domain": [domain] * n_users}
-                          | {name: pl.Series(rows).arr.to_list() for name, rows in lists.items()})
-    best = lambda row, n: np.argsort(-row, kind="stable")[:n]
-    liked = {a: [[attribute_values(domain, a)[v] for v in best(row, n)] for row in probabilities[a]]
-             for a, n in FAVOURITES.items()}
-    numbers = range(len(probabilities["kind"]))
-    return people, pl.DataFrame({"domain": [domain] * len(numbers), "interest": numbers} | liked)
+        n_interests, n = len(shop.probabilities["kind"]), min(_BLOCK, n_users - start)
+        crowd = _crowd(n, n_interests, values, behaviour, rng)
+        block = _go_shopping(shop, crowd, behaviour, rng)
+        events.append(block.with_columns(pl.col("user") + start))
+        users.append(pl.DataFrame(crowd))
+    events, user_id = pl.concat(events), _tokens(f"{domain}-u", n_users).alias("user_id")
+    events = events.with_columns(
+        user_id=user_id.gather(events["user"]), reason=pl.Series(_REASONS).gather(events["reason"]),
+        item_id=_tokens(f"{domain}-", len(shop.codes)).gather(events["item"]))
+    planted = pl.col("interests", "first_weights", "last_weights").arr.to_list()
+    return events, pl.concat(users).select(user_id, pl.lit(domain).alias("domain"), planted)
 
 # %% ../../nbs/10_data.synthetic.ipynb #shop-tables-all
-def _shop_tables(domain: str, n_users: int, n_items: int, n_interests: int, purity: float, seed: int, b: Behaviour,
-                 listing: dict) -> tuple[pl.DataFrame, ...]:
-    "Make one shop's six tables."
-    codes, shop, probabilities, made_for = _open_shop(domain, n_items, n_interests, purity, seed, b)
-    items, attributes = _items_table(domain, codes, seed, **listing)
-    companions = _tokens(domain, shop["companions"].ravel(), n_items).reshape((n_items, 8)).arr.to_list()
-    attributes = attributes.with_columns(made_for=pl.Series(made_for), companions=companions)
-    events, users = _fill_shop(domain, shop, n_users, n_interests, seed, b)
-    interactions = pl.DataFrame({"user_id": _tokens(domain, events["user"], n_users, "u"),
-                                 "item_id": _tokens(domain, events["item"], n_items), "timestamp": events["timestamp"]})
-    causes = pl.DataFrame({"interest": events["interest"], "session": events["session"],
-                           "reason": pl.Series(REASONS, dtype=pl.String).gather(events["reason"])})
-    return interactions, items, attributes, causes, *_planted_tables(domain, n_users, users, probabilities)
+def _planted_interests(shop):
+    "Tabulate the favourite values of each interest, best first."
+    table = {"domain": shop.domain, "interest": range(len(shop.probabilities["kind"]))}
+    for a, n in _FAVOURITES.items():
+        best = np.argsort(-shop.probabilities[a], axis=1, kind="stable")[:, :n]
+        table[a] = np.array(attribute_values(shop.domain, a))[best].tolist()
+    return pl.DataFrame(table)
 
 # %% ../../nbs/10_data.synthetic.ipynb #make-marketplace
-def make_marketplace(domains: tuple[str, ...] = ("kitchen", "wardrobe", "toys"),  # shops to open, or one name
-                     n_users: int = 3000,          # customers of each domain, at least 1
-                     n_items: int = 500,           # items of each domain, at least 8
-                     seed: int = 0,                # any whole number; the same seed gives the same marketplace
-                     *, n_interests: int = 8,      # C, planted interests of each domain
-                     purity: float = 0.9,          # how much of an interest lies on its favourites, 0 to 1
-                     omit: float = 0.3,            # probability that a listing leaves a visible attribute out
-                     missing_image: float = 0.05,  # share of items without a picture
-                     missing_description: float = 0.1,  # share of items without a description
-                     max_images: int = 4,          # most pictures of an item, 1 to 4
-                     image_size: int = 96,         # side of a picture in pixels
-                     behaviour: Behaviour = Behaviour(),  # how customers behave
-                     ) -> Marketplace:
-    "Make shops, listings and customers; raises ValueError for sizes that make no shop."
-    domains = (domains,) if isinstance(domains, str) else tuple(domains)
-    for domain in domains: attribute_values(domain, "kind")
+def make_marketplace(
+    domains: tuple[str, ...] = ("kitchen", "wardrobe", "toys"),  # shops to open, or one name
+    n_users: int = 3000,  # users of each domain, at least 1
+    n_items: int = 500,  # items of each domain, at least 8
+    seed: int = 0,
+    *,
+    n_interests: int = 8,  # C, planted interests of each domain
+    purity: float = .9,  # how much of an interest lies on its favourites, 0 to 1
+    omit: float = .3,  # probability that a listing leaves a visible attribute out
+    missing_image: float = .05,  # share of items without an image
+    missing_description: float = .1,  # share of items without a description
+    max_images: int = 4,  # most images of an item, 1 to 4
+    image_size: int = 96,  # side of an image in pixels
+    behaviour: Behaviour = Behaviour(),  # how users behave
+) -> Marketplace:  # the same for the same arguments, to the last digit
+    "Make shops, listings and users; raises `ValueError` for sizes that make no shop."
     if n_users < 1 or n_items < 8 or not 1 <= max_images <= 4 or n_interests < 1:
-        raise ValueError("a marketplace needs n_users >= 1, n_items >= 8, n_interests >= 1 and max_images from 1 to 4; "
-                         f"got {n_users}, {n_items}, {n_interests} and {max_images}")
-    listing = dict(omit=omit, missing_image=missing_image, missing_description=missing_description,
-                   max_images=max_images)
-    tables = [_shop_tables(d, n_users, n_items, n_interests, purity, seed, behaviour, listing) for d in domains]
-    interactions, items, attributes, events, users, interests = (pl.concat(parts) for parts in zip(*tables))
-    return Marketplace(interactions, items, Truth(attributes, events, users, interests), seed, image_size)
+        raise ValueError("a marketplace needs n_users >= 1, n_items >= 8, n_interests >= 1 and "
+                         f"max_images from 1 to 4; got {n_users}, {n_items}, {n_interests} and "
+                         f"{max_images}")
+    tables = []
+    for domain in [domains] if isinstance(domains, str) else domains:
+        shop = _open_shop(domain, n_items, n_interests, purity, seed, behaviour)
+        items = _items_table(shop, seed, omit, missing_image, missing_description, max_images)
+        events, users = _fill_shop(shop, n_users, seed, behaviour)
+        tables.append((events.select("user_id", "item_id", "timestamp"), *items,
+                       events.select("interest", "session", "reason"), users,
+                       _planted_interests(shop)))
+    interactions, items, *planted = map(pl.concat, zip(*tables))
+    return Marketplace(interactions, items, Truth(*planted), seed, image_size)
 
 # %% ../../nbs/10_data.synthetic.ipynb #plot-items
-def plot_items(market: Marketplace,      # where the items are
-               item_ids: list[str],      # which to show, in order
-               n_cols: int = 8,          # pictures in a row
-               size: float = 1.0,        # inches a picture; a title has two lines of 18 letters an inch
-               ):                        # -> Figure
-    "Show items by their first picture and their title."
-    rows = dict(zip(market.items["item_id"], zip(market.items["images"], market.items["title"])))
-    files, titles = zip(*(rows[i] for i in item_ids))
-    lines = [textwrap.wrap(title, int(18 * size)) for title in titles]
-    lines = ["\n".join(two[:2]) + (" …" if len(two) > 2 else "") for two in lines]
-    return plot_images([market.draw(names[0]) if len(names) else None for names in files], lines, n_cols, size)
+def _first_image(market, names):
+    "Draw the first of an item's images, `None` if it has none."
+    return market.draw(names[0]) if len(names) else None
+
+def plot_items(
+    market: Marketplace,  # where the items are
+    item_ids: list[str],  # which to show, in order
+    n_cols: int = 8,  # images in a row
+    size: float = 1.0,  # inches an image; a title has two lines of 18 letters an inch
+) -> plt.Figure:
+    "Show items by their first image and their title."
+    rows = {item["item_id"]: item for item in market.items.iter_rows(named=True)}
+    images = [_first_image(market, rows[i]["images"]) for i in item_ids]
+    lines = [textwrap.wrap(rows[i]["title"], int(18 * size)) for i in item_ids]
+    titles = ["\n".join(two[:2]) + (" …" if len(two) > 2 else "") for two in lines]
+    return plot_images(images, titles, n_cols, size)
 
 # %% ../../nbs/10_data.synthetic.ipynb #plot-popularity
-def plot_popularity(interactions: pl.DataFrame,  # user_id, item_id
-                    ax=None,                     # Axes to draw on; None makes new ones
-                    ):                           # -> Axes
-    "Draw how often each item was taken, most popular first, one line a domain (the part of the token before '-')."
-    counts = interactions.group_by("item_id").len().with_columns(
-        domain=pl.col("item_id").str.split("-").list.first()).sort("domain", "len", descending=[False, True])
-    lines = {name: (np.arange(1, len(part) + 1), part["len"].to_numpy())
-             for (name,), part in counts.group_by("domain", maintain_order=True)}
-    ax = plot_lines(lines, title="Popularity has a long tail", xlabel="items, most popular first",
-                    ylabel="events", ax=ax)
+def plot_popularity(
+    interactions: pl.DataFrame,  # item_id; the part before "-" is the domain
+    ax: plt.Axes | None = None,  # where to draw; new axes by default
+) -> plt.Axes:
+    "Draw how often each item was taken, most popular first, one line a domain."
+    counts = interactions.group_by("item_id").len().sort("len", descending=True)
+    domain = counts["item_id"].str.split("-").list.first()
+    lines = {name: counts.filter(domain == name)["len"] for name in domain.unique().sort()}
+    ax = plot_lines(lines, title="Popularity has a long tail",
+                    xlabel="items, most popular first", ylabel="events", ax=ax)
     ax.set(xscale="log", yscale="log")
     return ax
 
 # %% ../../nbs/10_data.synthetic.ipynb #plot-history
-def plot_history(market: Marketplace,  # where the customer shops
-                 user_id: str,         # such as "toys-u0042"
-                 n: int = 16,          # most events to show, the first ones
-                 ):                    # -> Figure
-    "Show a customer's items in order: frames by planted interest, words by reason and session."
-    rows = pl.concat([market.interactions, market.truth.events], how="horizontal").filter(pl.col("user_id") == user_id)
-    if not len(rows): raise KeyError(f"no customer {user_id!r} here: take one from the interactions' user_id column")
-    rows = rows.head(n); files = dict(zip(market.items["item_id"], market.items["images"]))
+def plot_history(
+    market: Marketplace,  # where the user shops
+    user_id: str,  # such as `"toys-u0042"`
+    n: int = 16,  # most events to show, the first ones
+) -> plt.Figure:
+    "Show a user's items in order: frames by planted interest, words by reason and session."
+    rows = pl.concat([market.interactions, market.truth.events], how="horizontal")
+    rows = rows.filter(pl.col("user_id") == user_id).head(n)
+    if not len(rows):
+        raise KeyError(f"no user {user_id!r} here: take one from the interactions' user_id column")
     palette = [COLORS[c] for c in ("text", "image", "both", "accent", "id", "ink")]
     held = rows["interest"].unique(maintain_order=True).to_list()
-    titles = [f"session {s + 1}\n{r}" + (f" {i}" if r == "interest" else "") for s, r, i in
-              rows.select("session", "reason", "interest").iter_rows()]
-    pictures = [market.draw(files[i][0]) if len(files[i]) else None for i in rows["item_id"]]
-    frames = [palette[held.index(i) % len(palette)] for i in rows["interest"]]
-    return plot_images(pictures, titles, min(7, n), 0.72, title=f"What {user_id} took", border_colors=frames)
+    files = dict(zip(market.items["item_id"], market.items["images"]))
+    images, titles, frames = [], [], []
+    for event in rows.iter_rows(named=True):
+        number = f" {event['interest']}" if event["reason"] == "interest" else ""
+        titles.append(f"session {event['session'] + 1}\n{event['reason']}{number}")
+        images.append(_first_image(market, files[event["item_id"]]))
+        frames.append(palette[held.index(event["interest"]) % len(palette)])
+    return plot_images(images, titles, min(7, n), .72, f"What {user_id} took", frames)
 
 # %% ../../nbs/10_data.synthetic.ipynb #gini
-def gini(counts: np.ndarray,  # `[V]` counts >= 0, not all 0
-         ) -> float:          # 0 (equal) to nearly 1 (one item has all)
+def gini(
+    counts: np.ndarray,  # `[V]` counts >= 0, not all 0
+) -> float:  # 0 (equal) to nearly 1 (one item has all)
     "Compute the Gini coefficient of counts."
-    x = np.sort(np.asarray(counts, dtype=np.float64)); n = len(x)
+    x = np.sort(np.asarray(counts, dtype=np.float64))
+    n = len(x)
     return float(2 * (np.arange(1, n + 1) * x).sum() / (n * x.sum()) - (n + 1) / n)
 
-# %% ../../nbs/10_data.synthetic.ipynb #last-item
-def _event_arrays(interactions: pl.DataFrame, item_ids: list) -> tuple[np.ndarray, np.ndarray]:
-    "Sort events by customer and time (ties keep their order): item numbers `[E]` and offsets `[U + 1]`."
-    catalogue = pl.DataFrame({"item_id": item_ids}).with_row_index("item")
-    events = interactions.with_columns(pl.col("user_id").rank("dense").alias("user"))
-    events = events.join(catalogue, on="item_id", how="left", maintain_order="left")
-    events = events.sort("user", "timestamp", maintain_order=True)
-    offsets = np.r_[0, np.cumsum(np.bincount(events["user"].to_numpy())[1:])]
-    return events["item"].to_numpy().astype(np.int64), offsets
-
 # %% ../../nbs/10_data.synthetic.ipynb #rank-and-auc
-def _rank_and_auc(score_block, targets: np.ndarray, n_items: int) -> tuple[np.ndarray, float]:
-    "Rank targets `[U]` by scores made in blocks of 512 customers; return ranks and the mean AUC."
+def _rank_and_auc(score_rows, targets, n_items):
+    "Rank targets `[U]` by scores, 512 users at a time; return ranks and the mean AUC."
     ranks = np.empty(len(targets))
     for start in range(0, len(targets), 512):
         rows = np.arange(start, min(start + 512, len(targets)))
-        scores = score_block(rows); own = scores[np.arange(len(rows)), targets[rows], None]
+        scores = score_rows(rows)
+        own = np.take_along_axis(scores, targets[rows, None], axis=1)
         ranks[rows] = 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
     return ranks, float(np.mean((n_items - ranks) / (n_items - 1)))
 
 # %% ../../nbs/10_data.synthetic.ipynb #score-functions
-def _markov_scores(item: np.ndarray, offsets: np.ndarray, n_items: int, popularity: np.ndarray):
-    "Return a function from customers to scores `[rows, V]`: transitions from the previous item, then popularity."
-    follows = np.ones(len(item), dtype=bool); follows[offsets[:-1]] = False; follows[offsets[1:] - 1] = False
-    where = np.flatnonzero(follows)
-    pairs, counts = np.unique(item[where - 1] * n_items + item[where], return_counts=True)
-    starts = np.searchsorted(pairs, np.arange(n_items + 1) * n_items)
+def _event_arrays(interactions, item_ids):
+    "Sort events by user and time (ties keep their order): items `[E]` and offsets `[U + 1]`."
+    numbers = pl.int_range(len(item_ids), eager=True)
+    events = interactions.select("timestamp", user=pl.col("user_id").rank("dense"),
+                                 item=pl.col("item_id").replace_strict(item_ids, numbers))
+    events = events.sort("user", "timestamp", maintain_order=True)
+    return events["item"].to_numpy(), np.cumsum(np.bincount(events["user"].to_numpy()))
+
+# %% ../../nbs/10_data.synthetic.ipynb #markov-scores
+def _markov_scores(item, offsets, n_items, popularity):
+    "Return a function from users to scores `[rows, V]`: transitions, then popularity."
+    follows = np.ones(len(item), dtype=bool)
+    follows[offsets[:-1]] = False  # nothing comes before a user's first event
+    follows[offsets[1:] - 1] = False  # and the last one is held out
+    event = np.flatnonzero(follows)
+    pairs = (np.ones(len(event)), (item[event - 1], item[event]))
+    counts = coo_matrix(pairs, (n_items, n_items)).tocsr()
     previous = item[offsets[1:] - 2]
-    def scores(rows):
-        found = np.tile(popularity / (popularity.max() + 1), (len(rows), 1))
-        for row, p in enumerate(previous[rows]):
-            span = slice(starts[p], starts[p + 1]); found[row, pairs[span] % n_items] += counts[span]
-        return found
-    return scores
+    return lambda rows: counts[previous[rows]].toarray() + popularity / (popularity.max() + 1)
 
 # %% ../../nbs/10_data.synthetic.ipynb #content-scores
-def _content_scores(item: np.ndarray, offsets: np.ndarray, features: np.ndarray):
-    "Return a function from customers to cosine scores `[rows, V]` with the mean of their last five items."
+def _content_scores(item, offsets, features):
+    "Return a function from users to cosine scores `[rows, V]` with their last five items' mean."
     unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
     vectors = unit(features.astype(np.float32) - features.astype(np.float32).mean(0))
     def scores(rows):
-        places = offsets[rows + 1][:, None] - np.arange(2, 7); there = places >= offsets[rows][:, None]
-        return unit((vectors[item[np.maximum(places, 0)]] * there[..., None]).sum(1)) @ vectors.T
+        event = offsets[rows + 1][:, None] - np.arange(2, 7)
+        there = event >= offsets[rows][:, None]
+        recent = vectors[item[np.maximum(event, 0)]] * there[..., None]
+        return unit(recent.sum(1)) @ vectors.T
     return scores
 
 # %% ../../nbs/10_data.synthetic.ipynb #dataset-statistics
-def dataset_statistics(interactions: pl.DataFrame,  # user_id, item_id, timestamp; every user has >= 3 events
-                       item_ids: list[str],         # the catalogue
-                       features: dict[str, np.ndarray] | None = None,  # name → `[V, D]`, rows as `item_ids`
-                       ) -> dict[str, float]:               # name → number, for a table
-    "Describe a data set by the numbers the marketplace was fitted to; the last event of each user is held out."
+def dataset_statistics(
+    interactions: pl.DataFrame,  # user_id, item_id, timestamp; every user has >= 3 events
+    item_ids: list[str],  # the catalogue
+    features: dict[str, np.ndarray] | None = None,  # name -> `[V, D]`, rows as `item_ids`
+) -> dict[str, float]:  # name -> number, for a table
+    "Describe a data set by the numbers the marketplace was fitted to."
     item, offsets = _event_arrays(interactions, item_ids)
     n_items, lengths, last = len(item_ids), np.diff(offsets), offsets[1:] - 1
-    targets = item[last]; popularity = np.bincount(np.delete(item, last), minlength=n_items).astype(np.float64)
-    user = np.repeat(np.arange(len(lengths)), lengths)
-    n_pairs = len(np.unique(user * n_items + item))
-    by_popularity = lambda rows: np.broadcast_to(popularity, (len(rows), n_items))
-    _, popularity_auc = _rank_and_auc(by_popularity, targets, n_items)
-    ranks, _ = _rank_and_auc(_markov_scores(item, offsets, n_items, popularity), targets, n_items)
-    found = {"users": len(lengths), "items": n_items, "events": len(item), "events a user, mean": lengths.mean(),
-             "events a user, median": np.median(lengths), "popularity Gini": gini(popularity),
-             "repeat rate": 1 - n_pairs / len(item), "Markov Recall@10": np.mean(ranks <= 10),
-             "popularity AUC": popularity_auc}
+    popularity = np.bincount(np.delete(item, last), minlength=n_items).astype(np.float64)
+    n_pairs = interactions.select(pl.struct("user_id", "item_id").n_unique()).item()
+    ask = lambda score_rows: _rank_and_auc(score_rows, item[last], n_items)
+    _, popularity_auc = ask(lambda rows: np.broadcast_to(popularity, (len(rows), n_items)))
+    markov_ranks, _ = ask(_markov_scores(item, offsets, n_items, popularity))
+    found = {"users": len(lengths), "items": n_items, "events": len(item),
+             "events a user, mean": lengths.mean(), "events a user, median": np.median(lengths),
+             "popularity Gini": gini(popularity), "repeat rate": 1 - n_pairs / len(item),
+             "Markov Recall@10": np.mean(markov_ranks <= 10), "popularity AUC": popularity_auc}
     for name, table in (features or {}).items():
-        found[f"{name} AUC"] = _rank_and_auc(_content_scores(item, offsets, table), targets, n_items)[1]
+        found[f"{name} AUC"] = ask(_content_scores(item, offsets, table))[1]
     return {name: round(float(value), 4) for name, value in found.items()}
 
 # %% ../../nbs/10_data.synthetic.ipynb #simple-features
-def simple_features(market: Marketplace,         # the first picture of each item is drawn
-                    ) -> dict[str, np.ndarray]:  # "text" `[V, words]`, "image" `[V, 192]`; no picture: the mean row
+def simple_features(
+    market: Marketplace,  # the first image of each item is drawn
+) -> dict[str, np.ndarray]:  # `"text"` `[V, words]`, `"image"` `[V, 192]`; no image: the mean row
     "Compute features that need no training: bag of words and thumbnails."
-    texts = market.items.select(pl.concat_str("title", "description", "details", separator=" ", ignore_nulls=True))
-    words = texts.to_series().str.to_lowercase().str.extract_all(r"[a-z\-]+").to_list()
-    columns = {word: column for column, word in enumerate(sorted({w for each in words for w in each}))}
-    holds = np.zeros((len(words), len(columns)), dtype=np.float32)
-    for row, each in enumerate(words): holds[row, [columns[w] for w in each]] = 1
-    small = lambda name: np.asarray(market.draw(name).resize((8, 8), Image.Resampling.BOX), dtype=np.float32).ravel()
-    thumbs = [small(names[0]) if len(names) else None for names in market.items["images"]]
-    mean = np.mean([t for t in thumbs if t is not None], axis=0)
-    images = np.stack([mean if t is None else t for t in thumbs])
+    texts = market.items.select(pl.concat_str("title", "description", "details", separator=" ",
+                                              ignore_nulls=True)).to_series()
+    words = texts.str.to_lowercase().str.extract_all(r"[a-z\-]+")
+    row, column = np.repeat(np.arange(len(words)), words.list.len()), words.explode().rank("dense")
+    holds = np.zeros((len(words), column.max()), dtype=np.float32)
+    holds[row, column - 1] = 1
+    images = np.full((len(words), 8 * 8 * 3), np.nan, dtype=np.float32)
+    for row, names in enumerate(market.items["images"]):
+        if not len(names): continue
+        thumbnail = market.draw(names[0]).resize((8, 8), Image.Resampling.BOX)
+        images[row] = np.asarray(thumbnail).ravel()
+    missing = np.isnan(images[:, 0])
+    images[missing] = images[~missing].mean(0)
     return {"text": holds * np.log(len(words) / holds.sum(0)), "image": images}
 
 # %% ../../nbs/10_data.synthetic.ipynb #perfect-features
-def perfect_features(market: Marketplace,         # its truth is read
-                     ) -> dict[str, np.ndarray]:  # "text" and "image", `[V, values]` of 0 and 1
-    "Tell each attribute that the text names or the picture shows, as a perfect reader would."
-    table = market.truth.attributes; found = {"text": [], "image": []}
+def perfect_features(
+    market: Marketplace,  # its truth is read
+) -> dict[str, np.ndarray]:  # `"text"` and `"image"`, `[V, values]` of 0 and 1
+    "Tell each attribute that the text names or the image shows, as a perfect reader would."
+    table, text, image = market.truth.attributes, [], []
+    drawn = table["views"].list.len().to_numpy() > 0
     for a in VISIBLE + HIDDEN:
-        values = table[a].unique().sort().to_list()
-        is_value = (table[a].to_numpy()[:, None] == np.array(values, dtype=object)).astype(np.float32)
-        named = table["named"].list.contains(a).to_numpy()[:, None]
-        found["text"].append(is_value * named)
-        if a in VISIBLE: found["image"].append(is_value * (table["views"].list.len().to_numpy() > 0)[:, None])
-    return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
+        values = table[a].unique().sort().to_numpy()
+        is_value = (table[a].to_numpy()[:, None] == values).astype(np.float32)
+        text.append(is_value * table["named"].list.contains(a).to_numpy()[:, None])
+        if a in VISIBLE: image.append(is_value * drawn[:, None])
+    return {"text": np.concatenate(text, axis=1), "image": np.concatenate(image, axis=1)}
 
 # %% ../../nbs/10_data.synthetic.ipynb #real
-def real_statistics() -> dict[str, dict[str, float]]:  # data set → statistic → value
-    "Load the stored statistics of real data sets (aggregates only; the inputs are not redistributable)."
+def real_statistics() -> dict[str, dict[str, float]]:  # data set -> statistic -> value
+    "Load the stored statistics of real data sets (aggregates; the inputs may not be passed on)."
     return read_json(artifact_path("marketplace", "real_statistics.json"))["datasets"]

@@ -1,4 +1,4 @@
-"""Train a small CLIP of your own, pictures and words in one space, from scratch and on two CPU cores.
+"""Train a small CLIP of your own, images and words in one space, from scratch and on two CPU cores.
 
 Docs: https://mmseqrec.github.io/mmseqrec/features.clip.html.md"""
 
@@ -8,7 +8,7 @@ Docs: https://mmseqrec.github.io/mmseqrec/features.clip.html.md"""
 __all__ = ['IMAGE_SETTINGS', 'RECIPE', 'HELD_OUT', 'TINY', 'preprocess_images', 'train_tokenizer', 'quiet_transformers',
            'make_clip', 'text_features', 'image_features', 'clip_loss', 'word_loss', 'caption_words', 'ClipRun',
            'train_clip', 'load_clip', 'load_shipped_clip', 'save_clip', 'train_shipped_clip', 'plot_training',
-           'embed_pictures', 'embed_texts', 'plot_similarity', 'retrieval_recall', 'plot_word_scores',
+           'embed_images', 'embed_texts', 'plot_similarity', 'retrieval_recall', 'plot_word_scores',
            'attribute_accuracy', 'measure_clip']
 
 # %% ../../nbs/20_features.clip.ipynb #imports
@@ -34,13 +34,14 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..artifacts import artifact_path, atomic_path, fingerprint, provenance, write_json
 from ..core import derive_seed
 from ..data.items import open_image
 from ..data.synthetic import WORDS, make_caption_corpus
-from ..figures import COLORS, plot_lines
+from ..figures import COLORS, plot_bars, plot_heatmap, plot_lines
 
 # %% ../../nbs/20_features.clip.ipynb #image-settings
 IMAGE_SETTINGS = {
@@ -53,16 +54,11 @@ IMAGE_SETTINGS = {
 
 # %% ../../nbs/20_features.clip.ipynb #preprocess-images
 def preprocess_images(
-    images,  # list of RGB pictures
+    images,  # RGB images
     settings: dict = IMAGE_SETTINGS,  # the words of a checkpoint's `preprocessor_config.json`
-) -> torch.Tensor:  # `[N, 3, height, width]`
-    "Resize, crop and normalise pictures as a checkpoint's settings say, with PIL and torch only."
-    rows = []
-    for image in images:
-        if settings.get("do_resize", True):
-            image = image.resize(_new_size(image.size, settings), settings.get("resample", Image.Resampling.BICUBIC))
-        if settings.get("do_center_crop", "crop_size" in settings): image = _center_crop(image, settings["crop_size"])
-        rows.append(torch.from_numpy(np.array(image)))
+) -> Tensor:  # `[N, 3, height, width]`
+    "Resize, crop and normalise images as a checkpoint's settings say, with PIL and torch only."
+    rows = [torch.from_numpy(np.array(_cut_out(image, settings))) for image in images]
     pixels = torch.stack(rows).permute(0, 3, 1, 2).float()
     if settings.get("do_rescale", True): pixels = pixels * settings.get("rescale_factor", 1 / 255)
     if not settings.get("do_normalize", True): return pixels
@@ -70,24 +66,30 @@ def preprocess_images(
     return (pixels - mean) / std
 
 # %% ../../nbs/20_features.clip.ipynb #picture-geometry
+def _cut_out(image, settings):
+    "Resize an image, and cut the middle out, as far as the settings ask for it."
+    if settings.get("do_resize", True):
+        size, resample = _new_size(image.size, settings), settings.get("resample", 3)  # 3: bicubic
+        image = image.resize(size, resample)
+    if not settings.get("do_center_crop", "crop_size" in settings): return image
+    asked = settings["crop_size"]
+    height, width = (asked, asked) if isinstance(asked, int) else (asked["height"], asked["width"])
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+# %% ../../nbs/20_features.clip.ipynb #new-size
 def _new_size(size, settings):
-    "Compute (width, height) after resizing, in the three ways in which settings files ask for it."
+    "Compute (width, height) after resizing; raise `ValueError` for a size that is not supported."
     asked = settings["size"]
     if isinstance(asked, int):
         square = "CLIP" not in str(settings) and not settings.get("do_center_crop")
         asked = {"height": asked, "width": asked} if square else {"shortest_edge": asked}
     if "height" in asked: return asked["width"], asked["height"]
     if "shortest_edge" not in asked or "longest_edge" in asked:
-        raise ValueError(f"this picture size is not supported: {asked}; use a checkpoint that has 'shortest_edge' or "
-                         "'height' and 'width' there")
+        raise ValueError(f"this picture size is not supported: {asked}; use a checkpoint that has "
+                         "'shortest_edge' or 'height' and 'width' there")
     edge, short = asked["shortest_edge"], min(size)
     return tuple(edge if side == short else int(edge * side / short) for side in size)
-
-def _center_crop(image, asked):
-    "Cut the middle out; a picture smaller than that is put on black."
-    height, width = (asked, asked) if isinstance(asked, int) else (asked["height"], asked["width"])
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
 
 # %% ../../nbs/20_features.clip.ipynb #train-tokenizer
 def train_tokenizer(
@@ -101,15 +103,21 @@ def train_tokenizer(
     with TemporaryDirectory() as folder, quiet_transformers():
         write_json(f"{folder}/vocab.json", {piece: number for number, piece in enumerate(pieces)})
         Path(f"{folder}/merges.txt").write_text("#version: 0.2\n")
-        write_json(f"{folder}/tokenizer_config.json", {
-            "tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens, "bos_token": "<|startoftext|>",
-            **{f"{name}_token": "<|endoftext|>" for name in ("eos", "unk", "pad")}})
+        _write_tokenizer_config(folder, max_tokens)
         bytes_only = transformers.AutoTokenizer.from_pretrained(folder)
-        return bytes_only.train_new_from_iterator([*captions, _SPELLING], vocab_size, initial_alphabet=alphabet,
-                                                  show_progress=False)
+        return bytes_only.train_new_from_iterator(
+            [*captions, _SPELLING], vocab_size, initial_alphabet=alphabet, show_progress=False)
 
-# every byte that can end a word, at the end of a word: visible ASCII, and 64 letters of three bytes each
+# every byte that can end a word, at the end of a word: ASCII, and 64 letters of three bytes each
 _SPELLING = " ".join(map(chr, [*range(33, 127), *range(0x4E00, 0x4E40)]))
+
+# %% ../../nbs/20_features.clip.ipynb #tokenizer-config
+def _write_tokenizer_config(folder, max_tokens):
+    "Write the settings of a CLIP tokenizer."
+    end = {f"{name}_token": "<|endoftext|>" for name in ("eos", "unk", "pad")}
+    write_json(Path(folder) / "tokenizer_config.json", {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens,
+        "bos_token": "<|startoftext|>", **end})
 
 # %% ../../nbs/20_features.clip.ipynb #quiet
 @contextlib.contextmanager
@@ -131,17 +139,18 @@ def quiet_transformers():
 def make_clip(
     tokenizer,  # tokenizer that the text tower will read with
     seed: int = 0,  # initial weights are a function of it and of their names
-    **sizes,  # other sizes of the picture tower, such as `num_hidden_layers=4`
+    **sizes,  # other sizes of the image tower, such as `num_hidden_layers=4`
 ) -> torch.nn.Module:  # `CLIPModel`, untrained, about half a million weights
-    "Make a small CLIP with initial weights that do not depend on the version of transformers."
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=64,
-                  patch_size=16, hidden_act="relu") | sizes
-    text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, hidden_act="relu",
-                vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length, **special)
+    "Make a small CLIP whose initial weights do not depend on the version of transformers."
+    vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, image_size=64,
+                  num_attention_heads=4, patch_size=16, hidden_act="relu") | sizes
+    text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, hidden_act="relu",
+                num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
+                vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     with quiet_transformers():
-        config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=96)
-        model = transformers.CLIPModel(config)
+        model = transformers.CLIPModel(transformers.CLIPConfig(
+            vision_config=vision, text_config=text, projection_dim=96))
     _initialise(model, seed)
     return model
 
@@ -154,56 +163,59 @@ def _initialise(model, seed):
             if re.search(r"norm\d?\.", name): weight.fill_(float(name.endswith("weight")))
             elif name == "logit_scale": weight.fill_(np.log(14.0))
             elif name.endswith("bias"): weight.zero_()
-            elif name.endswith("vision_model.embeddings.position_embedding.weight"): weight.copy_(_waves(*weight.shape))
-            elif "embedding" in name and "patch" not in name: weight.normal_(0, 0.02, generator=generator)
+            elif "vision_model.embeddings.position" in name: weight.copy_(_waves(*weight.shape))
             else:
-                gain = 0.5 if "out_proj" in name or "fc2" in name else 1.0
-                weight.normal_(0, gain * weight[0].numel() ** -0.5, generator=generator)
+                spread = weight[0].numel() ** -0.5
+                if "out_proj" in name or "fc2" in name: spread = 0.5 * spread
+                if "embedding" in name and "patch" not in name: spread = 0.02
+                weight.normal_(0, spread, generator=generator)
 
-def _waves(places, size):
-    "Make place vectors `[places, size]`: zeros for the collecting place, then sines and cosines of row and column."
-    side, frequency = int((places - 1) ** 0.5), 100 ** -(torch.arange(size // 4) / (size // 4))
+# %% ../../nbs/20_features.clip.ipynb #waves
+def _waves(positions, size):
+    "Make vectors `[positions, size]`: zeros, then sines and cosines of row and column."
+    side = int((positions - 1) ** 0.5)
+    frequency = 100 ** -(torch.arange(size // 4) / (size // 4))
     grid = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     row, column = (axis.reshape(-1, 1) * frequency for axis in grid)
     waves = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)
-    return 0.5 * torch.cat([torch.zeros(1, size), waves])
+    return 0.5 * F.pad(waves, (0, 0, 1, 0))
 
 # %% ../../nbs/20_features.clip.ipynb #features
 def text_features(
     model,  # a `CLIPModel`, or another two-tower model of transformers
     tokens: dict,  # what its tokenizer returned
-) -> torch.Tensor:  # `[N, D]`
-    "Run the text tower and project into the shared space (transformers 4 and 5 wrap the result differently)."
+) -> Tensor:  # `[N, D]`
+    "Run the text tower and project into the shared space."
     output = model.get_text_features(**tokens)
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 def image_features(
     model,  # a `CLIPModel`, or another two-tower model of transformers
-    pixels: torch.Tensor,  # `[N, 3, height, width]`
-) -> torch.Tensor:  # `[N, D]`
-    "Run the picture tower and project into the shared space."
+    pixels: Tensor,  # `[N, 3, height, width]`
+) -> Tensor:  # `[N, D]`
+    "Run the image tower and project into the shared space."
     output = model.get_image_features(pixel_values=pixels)
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 # %% ../../nbs/20_features.clip.ipynb #clip-loss
 def clip_loss(
-    image_emb: torch.Tensor,  # `[B, D]` pictures, length 1
-    text_emb: torch.Tensor,  # `[B, D]` their texts, length 1
-    scale: torch.Tensor | float,  # inverse temperature, > 0
-) -> torch.Tensor:  # scalar; log B when nothing is known
-    "Compute the symmetric InfoNCE of pictures and their texts (Radford et al. 2021, figure 3)."
+    image_emb: Tensor,  # `[B, D]` images, length 1
+    text_emb: Tensor,  # `[B, D]` their texts, length 1
+    scale: Tensor | float,  # inverse temperature, > 0
+) -> Tensor:  # scalar; log B when nothing is known
+    "Compute the symmetric InfoNCE of images and their texts (Radford et al. 2021, figure 3)."
     z = scale * image_emb @ text_emb.T
     right = torch.arange(len(z), device=z.device)
     return (F.cross_entropy(z, right) + F.cross_entropy(z.T, right)) / 2
 
 # %% ../../nbs/20_features.clip.ipynb #word-loss
 def word_loss(
-    image_emb: torch.Tensor,  # `[B, D]` pictures, length 1
-    word_emb: torch.Tensor,  # `[W, D]` the words of the batch, length 1
-    named: torch.Tensor,  # `[B, W]`, True where the picture's caption names the word; no empty column
-    scale: torch.Tensor | float,  # inverse temperature, > 0
-) -> torch.Tensor:  # scalar; log B when nothing is known
-    "Compute InfoNCE from words to pictures, where a word has several right answers that share the probability."
+    image_emb: Tensor,  # `[B, D]` images, length 1
+    word_emb: Tensor,  # `[W, D]` the words of the batch, length 1
+    named: Tensor,  # `[B, W]`, True where the image's caption names the word; no empty column
+    scale: Tensor | float,  # inverse temperature, > 0
+) -> Tensor:  # scalar; log B when nothing is known
+    "Compute InfoNCE from words to images, where several right answers share the probability."
     z, share = scale * image_emb @ word_emb.T, named.float()
     return -(share / share.sum(0) * z.log_softmax(0)).sum(0).mean()
 
@@ -221,14 +233,14 @@ def caption_words(
 def _step_loss(model, tokenizer, pixels, captions, words):
     "Compute both losses of one batch."
     def embed(texts):
-        tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(pixels.device)
-        return F.normalize(text_features(model, tokens), dim=1)
-    image_emb, scale = F.normalize(image_features(model, pixels), dim=1), model.logit_scale.exp()
-    vocabulary = sorted({word for row in words for word in row})
-    place = {word: number for number, word in enumerate(vocabulary)}
-    named = torch.zeros(len(words), len(vocabulary), dtype=torch.bool, device=pixels.device)
-    for row, some in enumerate(words): named[row, [place[word] for word in some]] = True
-    return clip_loss(image_emb, embed(captions), scale), word_loss(image_emb, embed(vocabulary), named, scale)
+        tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return F.normalize(text_features(model, tokens.to(pixels.device)), dim=1)
+    image_emb = F.normalize(image_features(model, pixels), dim=1)
+    scale, vocabulary = model.logit_scale.exp(), sorted(set().union(*words))
+    named = [[word in some for word in vocabulary] for some in words]
+    named = torch.tensor(named, device=pixels.device)
+    of_captions = clip_loss(image_emb, embed(captions), scale)
+    return of_captions, word_loss(image_emb, embed(vocabulary), named, scale)
 
 # %% ../../nbs/20_features.clip.ipynb #train-clip
 @dataclass
@@ -241,9 +253,9 @@ class ClipRun:
 
 def train_clip(
     images: np.ndarray,  # `[N, height, width, 3]` bytes
-    captions: list[str],  # `[N]` what each picture shows
+    captions: list[str],  # `[N]` what each image shows
     *,
-    tokenizer=None,  # `None` trains one on the captions (its library breaks ties at random: ids may differ by run)
+    tokenizer=None,  # `None` trains one on the captions, whose ids may differ from run to run
     seed: int = 0,  # weights and order of the pairs
     steps: int = 2800,  # optimiser steps that the learning rate is planned for
     stop_after: int | None = None,  # stop earlier, with the plan of the full run
@@ -252,40 +264,53 @@ def train_clip(
     warmup: int = 30,  # steps until the full learning rate
     word_weight: float = 4.0,  # weight of the words' loss beside that of the captions
     progress: bool = True,  # show a progress bar
-    **sizes,  # other sizes of the picture tower, see `make_clip`
+    **sizes,  # other sizes of the image tower, see `make_clip`
 ) -> ClipRun:  # model (in evaluation mode), tokenizer, curve
-    "Train a small CLIP from scratch; the same tokenizer and seed give the same digits with the same number of threads."
+    """Train a small CLIP from scratch; raises `ValueError` for a caption without telling words.
+
+    The same tokenizer, seed and number of threads give the same digits."""
     start, tokenizer = time.process_time(), tokenizer or train_tokenizer(captions)
-    model, words, curve = make_clip(tokenizer, seed, **sizes).train(), caption_words(captions), []
-    if (empty := [row for row, some in enumerate(words) if not some]):
-        raise ValueError(f"caption {empty[0]} ({captions[empty[0]]!r}) has no telling word; leave the pair out")
-    raw = IMAGE_SETTINGS | {"do_rescale": False, "do_normalize": False}
-    store = torch.cat([preprocess_images([open_image(image)], raw).byte() for image in images])
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    others = [weight for weight in model.parameters() if weight.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-                                  learning_rate, betas=(0.9, 0.98))
+    model, words = make_clip(tokenizer, seed, **sizes).train(), caption_words(captions)
+    if [] in words:
+        row = words.index([])
+        raise ValueError(f"caption {row} ({captions[row]!r}) has no telling word; leave it out")
+    store, optimizer, curve = _as_bytes(images), _make_optimizer(model, learning_rate), []
     for step in tqdm(range(min(steps, stop_after or steps)), desc="steps", disable=not progress):
         rate = min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)
         for group in optimizer.param_groups: group["lr"] = learning_rate * rate
         rows = _batch_rows(len(captions), batch_size, seed, step)
         pixels = (store[rows].float() / 255 - 0.5) / 0.5
-        losses = _step_loss(model, tokenizer, pixels, [captions[row] for row in rows], [words[row] for row in rows])
+        batch = [captions[row] for row in rows], [words[row] for row in rows]
+        losses = _step_loss(model, tokenizer, pixels, *batch)
         optimizer.zero_grad()
         (losses[0] + word_weight * losses[1]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad(): model.logit_scale.clamp_(max=math.log(100))
         curve.append(tuple(round(loss.item(), 4) for loss in losses))
-    return ClipRun(model.eval().requires_grad_(False), tokenizer, curve, time.process_time() - start)
+    model = model.eval().requires_grad_(False)
+    return ClipRun(model, tokenizer, curve, time.process_time() - start)
+
+# %% ../../nbs/20_features.clip.ipynb #train-parts
+def _as_bytes(images):
+    "Prepare images for the tower, but keep them as bytes `[N, 3, 64, 64]`."
+    raw = IMAGE_SETTINGS | {"do_rescale": False, "do_normalize": False}
+    return torch.cat([preprocess_images([open_image(image)], raw).byte() for image in images])
+
+def _make_optimizer(model, learning_rate):
+    "Make AdamW with weight decay for matrices only."
+    groups = {0.05: [], 0.0: []}
+    for weight in model.parameters(): groups[0.05 if weight.ndim > 1 else 0.0].append(weight)
+    groups = [{"params": weights, "weight_decay": decay} for decay, weights in groups.items()]
+    return torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98))
 
 # %% ../../nbs/20_features.clip.ipynb #batch-rows
 def _batch_rows(n, batch_size, seed, step):
-    "Return the rows `[B]` of the pairs that a step takes; a pass drops what does not fill a batch."
+    "Return the rows `[B]` of the pairs that a step takes; a pass drops what fills no batch."
     batch_size = min(batch_size, n)
-    epoch, place = divmod(step, n // batch_size)
+    epoch, number = divmod(step, n // batch_size)
     order = np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(n)
-    return order[place * batch_size:(place + 1) * batch_size].tolist()
+    return order[number * batch_size:(number + 1) * batch_size].tolist()
 
 # %% ../../nbs/20_features.clip.ipynb #load-clip
 def load_clip(
@@ -304,28 +329,28 @@ def load_shipped_clip():  # `(CLIPModel, tokenizer)`
 # %% ../../nbs/20_features.clip.ipynb #save-clip
 def save_clip(
     run: ClipRun,
-    folder: str | Path,  # gets `model.safetensors` (16 bits), `config.json`, the tokenizer and the picture settings
+    folder: str | Path,  # gets `model.safetensors` (16 bits), configuration, tokenizer, settings
     **notes,  # what else to write into the header of the weights, such as `seed=0`
 ) -> Path:  # the folder, which plain transformers can load
-    "Save a trained CLIP as a checkpoint of transformers, with its origin in the header of the weights."
+    "Save a trained CLIP as a checkpoint of transformers, its origin in the header of the weights."
     folder, parts = Path(folder), (train_clip, make_clip, word_loss, clip_loss, _initialise)
     code = [ast.dump(ast.parse(inspect.getsource(part))) for part in parts]  # comments do not count
-    weights = {name: weight.half().contiguous() for name, weight in run.model.state_dict().items()}
-    origin = {"format": "pt", "code": fingerprint(code), "notes": json.dumps(notes), "origin": json.dumps(provenance())}
+    state = run.model.state_dict()
+    weights = {name: weight.half().contiguous() for name, weight in state.items()}
+    origin = {"format": "pt", "code": fingerprint(code), "notes": json.dumps(notes),
+              "origin": json.dumps(provenance())}
     with quiet_transformers():
-        run.tokenizer.save_pretrained(folder)
-        run.model.config.save_pretrained(folder)
-    special = {f"{name}_token": getattr(run.tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": run.tokenizer.model_max_length, **special})
+        for part in (run.tokenizer, run.model.config): part.save_pretrained(folder)
+    _write_tokenizer_config(folder, run.tokenizer.model_max_length)
     write_json(folder / "preprocessor_config.json", IMAGE_SETTINGS)
-    with atomic_path(folder / "model.safetensors") as temporary: save_file(weights, temporary, origin)
+    with atomic_path(folder / "model.safetensors") as path: save_file(weights, path, origin)
     return folder
 
 # %% ../../nbs/20_features.clip.ipynb #train-shipped
-RECIPE = {"n_images": 12000, "corpus_seed": 1, "image_size": 96, "seed": 0, "steps": 2800}  # of the shipped weights
+# of the shipped weights
+RECIPE = {"n_images": 12000, "corpus_seed": 1, "image_size": 96, "seed": 0, "steps": 2800}
 HELD_OUT = {"n": 1024, "seed": 2, "image_size": 96}  # pairs that training never sees
-TINY = {"n": 200, "seed": 11, "image_size": 96}  # pairs of a run of eight steps, to notice stale files
+TINY = {"n": 200, "seed": 11, "image_size": 96}  # pairs of eight steps, to notice stale files
 
 def train_shipped_clip(
     folder: str | Path,  # where the checkpoint is written
@@ -334,15 +359,16 @@ def train_shipped_clip(
     progress: bool = True,  # show progress bars
     **changes,  # other values for `RECIPE`, for experiments
 ) -> ClipRun:  # the run; the folder also gets `training.json` with curve and measurements
-    "Draw the corpus, train the CLIP that ships with mmseqrec, measure it on held-out pairs, save everything."
+    "Draw the corpus, train the CLIP that ships with mmseqrec, measure it, save everything."
     recipe = RECIPE | changes
-    images, captions = make_caption_corpus(recipe["n_images"], recipe["corpus_seed"], image_size=recipe["image_size"],
-                                           progress=progress)
-    run = train_clip(images, captions, tokenizer=tokenizer, seed=recipe["seed"], steps=recipe["steps"],
+    corpus = make_caption_corpus(recipe["n_images"], recipe["corpus_seed"], progress=progress,
+                                 image_size=recipe["image_size"])
+    run = train_clip(*corpus, tokenizer=tokenizer, seed=recipe["seed"], steps=recipe["steps"],
                      stop_after=stop_after, progress=progress)
     save_clip(run, folder, **recipe)
     measured = measure_clip(*load_clip(folder), *make_caption_corpus(**HELD_OUT))
-    tiny = train_clip(*make_caption_corpus(**TINY), tokenizer=run.tokenizer, stop_after=8, progress=False)
+    tiny = make_caption_corpus(**TINY)
+    tiny = train_clip(*tiny, tokenizer=run.tokenizer, stop_after=8, progress=False)
     write_json(Path(folder) / "training.json", {
         "recipe": recipe, "held_out": HELD_OUT, "measured": measured, "seconds": round(run.seconds),
         "provenance": provenance(), "tiny_curve": tiny.curve, "curve": run.curve})
@@ -358,64 +384,64 @@ def plot_training(
     values = np.asarray(curve, float)
     points = values[:len(values) // every * every].reshape(-1, every, 2).mean(1)
     x = (np.arange(len(points)) + .5) * every
-    ax = plot_lines({"captions": (x, points[:, 0]), "words": (x, points[:, 1])}, title="Training of the shipped CLIP",
-                    xlabel="steps", ylabel="loss", colors={"captions": COLORS["both"], "words": COLORS["text"]})
+    lines = {"captions": (x, points[:, 0]), "words": (x, points[:, 1])}
+    colors = {"captions": COLORS["both"], "words": COLORS["text"]}
+    ax = plot_lines(lines, title="Training of the shipped CLIP", xlabel="steps", ylabel="loss",
+                    colors=colors)
     ax.axhline(np.log(batch_size), color=COLORS["both"], linestyle="--", linewidth=1)
     ax.set_ylim(0)
     return ax
 
 # %% ../../nbs/20_features.clip.ipynb #embed
 @torch.inference_mode()
-def embed_pictures(
+def embed_images(
     model,  # a CLIP
-    pictures,  # files, PIL pictures or arrays
+    images,  # files, PIL images or arrays
     settings: dict = IMAGE_SETTINGS,  # how they must be prepared
-    batch_size: int = 128,  # pictures at once
-) -> torch.Tensor:  # `[N, D]`, rows of length 1
-    "Embed pictures in the shared space."
-    parts = (pictures[start:start + batch_size] for start in range(0, len(pictures), batch_size))
-    rows = [image_features(model, preprocess_images(map(open_image, part), settings)) for part in parts]
+    batch_size: int = 128,  # images at once
+) -> Tensor:  # `[N, D]`, rows of length 1
+    "Embed images in the shared space."
+    starts = range(0, len(images), batch_size)
+    parts = (map(open_image, images[start:start + batch_size]) for start in starts)
+    rows = [image_features(model, preprocess_images(part, settings)) for part in parts]
     return F.normalize(torch.cat(rows), dim=1)
 
+# %% ../../nbs/20_features.clip.ipynb #embed-texts
 @torch.inference_mode()
 def embed_texts(
     model,  # a CLIP
     tokenizer,  # its tokenizer
     texts,  # list of texts
     batch_size: int = 256,  # texts at once
-) -> torch.Tensor:  # `[N, D]`, rows of length 1
+) -> Tensor:  # `[N, D]`, rows of length 1
     "Embed texts in the shared space."
-    parts = (texts[start:start + batch_size] for start in range(0, len(texts), batch_size))
-    rows = [text_features(model, tokenizer(part, padding=True, truncation=True, return_tensors="pt")) for part in parts]
+    parts = [texts[start:start + batch_size] for start in range(0, len(texts), batch_size)]
+    options = dict(padding=True, truncation=True, return_tensors="pt")
+    rows = [text_features(model, tokenizer(part, **options)) for part in parts]
     return F.normalize(torch.cat(rows), dim=1)
 
 # %% ../../nbs/20_features.clip.ipynb #plot-similarity
 def plot_similarity(
-    images,  # `[n]` pictures
+    images,  # `[n]` images
     texts: list[str],  # `[n]` their captions
-    similarity: np.ndarray,  # `[n, n]` cosines, pictures in rows
+    similarity: np.ndarray,  # `[n, n]` cosines, images in rows
 ) -> plt.Figure:
-    "Draw cosines of pictures (rows) and captions (columns) as a heat map with the pictures beside it."
+    "Draw cosines of images (rows) and captions (columns) as a heat map with the images beside it."
     n = len(images)
-    fig, axes = plt.subplots(n, 2, figsize=(8.2, .52 * n + .3), width_ratios=[.6, 8], constrained_layout=False)
-    fig.subplots_adjust(left=.01, right=.99, top=.93, bottom=.02, wspace=.02, hspace=.06)
-    for ax, image in zip(axes[:, 0], images): ax.imshow(np.asarray(image)); ax.axis("off")
-    for ax in axes[:, 1]: ax.remove()
-    ax = fig.add_subplot(1, 2, 2, position=[.085, .02, .4, .91])
-    ax.imshow(similarity, cmap="Blues", aspect="auto", vmin=min(0, similarity.min()))
-    for row in range(n):
-        for column in range(n):
-            dark = similarity[row, column] > .6 * similarity.max()
-            ax.text(column, row, f"{similarity[row, column]:.2f}", ha="center", va="center", fontsize=7,
-                    color="white" if dark else COLORS["ink"])
-    ax.set(xticks=range(n), yticks=[])
+    fig = plt.figure(figsize=(8.2, .52 * n + .3), layout="none")
+    fig.subplots_adjust(left=.01, right=.5, top=.93, bottom=.02, wspace=.03)
+    grid = fig.add_gridspec(n, 2, width_ratios=[1, n])
+    for row, image in enumerate(images):
+        ax = fig.add_subplot(grid[row, 0])
+        ax.imshow(np.asarray(image))
+        ax.axis("off")
+    names = [f"{k}  {textwrap.shorten(text, 84)}" for k, text in enumerate(texts, 1)]
+    numbers = [str(k + 1) for k in range(n)]
+    ax = plot_heatmap(similarity, names, numbers, digits=2, ax=fig.add_subplot(grid[:, 1]))
+    ax.collections[0].colorbar.remove()
     ax.xaxis.tick_top()
-    ax.set_xticklabels([str(number + 1) for number in range(n)], fontsize=8)
-    ax.tick_params(length=0)
-    ax.grid(False)
-    for row, text in enumerate(texts):
-        place = .02 + .91 * (1 - (row + .5) / n)
-        fig.text(.5, place, f"{row + 1}  {textwrap.shorten(text, 84)}", va="center", fontsize=7)
+    ax.yaxis.tick_right()
+    ax.tick_params(axis="y", rotation=0, labelsize=7)
     return fig
 
 # %% ../../nbs/20_features.clip.ipynb #retrieval
@@ -429,58 +455,60 @@ def retrieval_recall(
 
 # %% ../../nbs/20_features.clip.ipynb #plot-words
 def plot_word_scores(
-    images,  # `[n]` pictures
+    images,  # `[n]` images
     words: list[str],  # `[W]` candidates
     scores: np.ndarray,  # `[n, W]` how near each word is; comparable between words
-    top: int = 5,  # bars a picture
+    top: int = 5,  # bars an image
 ) -> plt.Figure:
-    "Draw pictures with their nearest words as bars."
-    fig, axes = plt.subplots(2, len(images), figsize=(1.5 * len(images), 2.7), height_ratios=[1, 1])
-    for column, (image, row) in enumerate(zip(images, scores)):
-        order = np.argsort(-row)[:top]
-        axes[0, column].imshow(np.asarray(image))
-        axes[0, column].axis("off")
-        axes[1, column].barh(range(top), row[order], color=COLORS["text"], height=.75)
-        axes[1, column].set(yticks=range(top), xticks=[], xlim=(0, scores.max() * 1.05))
-        axes[1, column].set_yticklabels([words[place] for place in order], fontsize=7.5)
-        axes[1, column].invert_yaxis()
-        axes[1, column].tick_params(length=0)
-        axes[1, column].grid(False)
-        axes[1, column].spines[["left", "bottom"]].set_visible(False)
+    "Draw images with their nearest words as bars."
+    fig, axes = plt.subplots(2, len(images), figsize=(1.5 * len(images), 2.7))
+    for (above, below), image, row in zip(axes.T, images, scores):
+        above.imshow(np.asarray(image))
+        above.axis("off")
+        best = {words[word]: row[word] for word in np.argsort(-row)[:top]}
+        plot_bars(best, colors=dict.fromkeys(best, COLORS["text"]), digits=1, ax=below)
+        below.set(xticks=[], xlim=(0, scores.max() * 1.4))
+        below.tick_params(length=0, labelsize=7.5)
     return fig
 
 # %% ../../nbs/20_features.clip.ipynb #attribute-accuracy
 def attribute_accuracy(
     model,  # a CLIP
     tokenizer,  # its tokenizer
-    image_rows: torch.Tensor,  # `[N, D]` embedded pictures
+    image_rows: Tensor,  # `[N, D]` embedded images
     captions: list[str],  # `[N]` complete captions
 ) -> dict[str, float]:  # attribute -> share of right answers
-    "Classify pictures by their nearest attribute words, without training."
-    accuracy, plain = {}, [f" {re.sub(r'[^a-z-]+', ' ', caption.lower())} " for caption in captions]
+    "Classify images by their nearest attribute words, without training."
+    plain = [f" {re.sub(r'[^a-z-]+', ' ', caption.lower())} " for caption in captions]
+    accuracy = {}
     for attribute, values in WORDS.items():
         if attribute == "accent": continue
-        places = [[text.find(f" {word} ") for word in words] for words in values.values() for text in plain]
-        named = torch.tensor([max(row) >= 0 for row in places]).view(len(values), len(captions)).T
-        rows = torch.stack([embed_texts(model, tokenizer, list(words)).mean(0) for words in values.values()])
+        names = [[f" {word} " for word in words] for words in values.values()]
+        def named_in(text): return [any(word in text for word in some) for some in names]
+        named = torch.tensor(list(map(named_in, plain)))
+        rows = [embed_texts(model, tokenizer, list(words)).mean(0) for words in values.values()]
         answers = 2 if attribute == "colour" else 1
-        nearest = (image_rows @ F.normalize(rows, dim=1).T).topk(answers, dim=1).indices
+        cosines = image_rows @ F.normalize(torch.stack(rows), dim=1).T
         asked = named.sum(1) == answers
-        accuracy[attribute] = round(named[asked].gather(1, nearest[asked]).float().mean().item(), 4)
+        is_right = named[asked].gather(1, cosines[asked].topk(answers, dim=1).indices)
+        accuracy[attribute] = round(is_right.float().mean().item(), 4)
     return accuracy
 
 # %% ../../nbs/20_features.clip.ipynb #measure-clip
 def measure_clip(
     model,  # a CLIP
     tokenizer,  # its tokenizer
-    images,  # `[N]` held-out pictures, N a multiple of 256
+    images,  # `[N]` held-out images, N a multiple of 256
     captions: list[str],  # `[N]` their captions
 ) -> dict[str, float]:  # recalls among 256, and accuracy by attribute
     "Measure retrieval and attribute words on held-out pairs."
-    image_rows, text_rows, measured = embed_pictures(model, list(images)), embed_texts(model, tokenizer, captions), {}
-    blocks = torch.bmm(image_rows.unflatten(0, (-1, 256)), text_rows.unflatten(0, (-1, 256)).mT).numpy()
-    mean = lambda blocks, k: round(float(np.mean([retrieval_recall(block, k) for block in blocks])), 4)
+    image_rows, measured = embed_images(model, list(images)), {}
+    text_rows = embed_texts(model, tokenizer, captions)
+    of_images, of_texts = (rows.unflatten(0, (-1, 256)) for rows in (image_rows, text_rows))
+    blocks = torch.bmm(of_images, of_texts.mT).numpy()
+    turned = blocks.swapaxes(1, 2)
     for k in (1, 5):
-        measured[f"picture to caption R@{k}"] = mean(blocks, k)
-        measured[f"caption to picture R@{k}"] = mean(blocks.swapaxes(1, 2), k)
+        for name, some in (("picture to caption", blocks), ("caption to picture", turned)):
+            recalls = [retrieval_recall(block, k) for block in some]
+            measured[f"{name} R@{k}"] = round(float(np.mean(recalls)), 4)
     return measured | attribute_accuracy(model, tokenizer, image_rows, captions)

@@ -1,4 +1,4 @@
-"""Turn every picture into the words that describe it best, so that one sentence encoder reads pictures and texts alike.
+"""Turn every image into the words that describe it best, so that one sentence encoder reads images and texts alike.
 
 Docs: https://mmseqrec.github.io/mmseqrec/features.keywords.html.md"""
 
@@ -6,10 +6,11 @@ Docs: https://mmseqrec.github.io/mmseqrec/features.keywords.html.md"""
 
 # %% auto #0
 __all__ = ['STOP_WORDS', 'EVERYDAY_WORDS', 'split_words', 'keyword_vocabulary', 'load_word_encoder', 'word_similarity',
-           'word_levels', 'top_words', 'Keywords', 'keyword_catalogue', 'value_words', 'keyword_quality',
-           'plot_keyword_quality', 'plot_keywords']
+           'Keywords', 'value_words', 'keyword_quality', 'plot_keyword_quality', 'plot_keywords', 'word_levels',
+           'top_words', 'keyword_catalogue']
 
 # %% ../../nbs/22_features.keywords.ipynb #imports
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -40,22 +41,38 @@ def split_words(
 
 # %% ../../nbs/22_features.keywords.ipynb #stop-words
 STOP_WORDS = frozenset("""
-a an the this that these those some any each every either neither no none all both few many much more most less least
-other others another such same own several enough one ones
-i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers herself
-it its itself they them their theirs themselves who whom whose which what whatever whoever whichever
+a an the this that these those some any each every either neither no none all both few many much
+more most less least other others another such same own several enough one ones
+i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself
+she her hers herself it its itself they them their theirs themselves
+who whom whose which what whatever whoever whichever
 someone somebody something anyone anybody anything everyone everybody everything nobody nothing
-am is are was were be been being isn't aren't wasn't weren't do does did done doing don't doesn't didn't
-have has had having haven't hasn't hadn't can could cannot can't couldn't may might must shall should shouldn't will
-would won't wouldn't it'll we'll you'll they'll i'm i've i'll you're you've we're we've they're they've
-let get gets got getting make makes made making come comes came coming go goes went gone going keep keeps kept put puts
-and or but nor so yet if then else than as because since while whereas although though unless until whether
-about above across after against along among around at before behind below beneath beside besides between beyond by
-down during except for from in inside into like near of off on onto out outside over past per through throughout to
-toward towards under up upon via with within without
-not never always often sometimes usually again ever already almost just only even still also too very quite rather
-really here there everywhere now soon when where why how however therefore thus etc please well
+am is are was were be been being isn't aren't wasn't weren't do does did done doing don't doesn't
+didn't have has had having haven't hasn't hadn't can could cannot can't couldn't may might must
+shall should shouldn't will would won't wouldn't it'll we'll you'll they'll i'm i've i'll you're
+you've we're we've they're they've
+let get gets got getting make makes made making come comes came coming go goes went gone going
+keep keeps kept put puts
+and or but nor so yet if then else than as because since while whereas although though unless until
+whether about above across after against along among around at before behind below beneath beside
+besides between beyond by down during except for from in inside into like near of off on onto out
+outside over past per through throughout to toward towards under up upon via with within without
+not never always often sometimes usually again ever already almost just only even still also too
+very quite rather really here there everywhere now soon when where why how however therefore thus
+etc please well
 """.split())
+
+# %% ../../nbs/22_features.keywords.ipynb #training-rows
+def _training_rows(training_items, n_rows):
+    "List catalogue rows in order, each once, without padding; `ValueError` for what is no row."
+    if training_items is None: return list(range(1, n_rows))
+    is_array = hasattr(training_items, "__array__")
+    rows = np.unique(training_items if is_array else list(training_items))
+    wrong = rows if rows.dtype.kind not in "iu" else rows[(rows < 0) | (rows >= n_rows)]
+    if len(wrong):
+        raise ValueError(f"training_items holds {wrong[0]}, but must hold row numbers of this "
+                         f"catalogue, from 1 to {n_rows - 1}")
+    return rows[rows > 0].tolist()
 
 # %% ../../nbs/22_features.keywords.ipynb #candidate-words
 _TAGS = ("NN", "JJ", "NOUN", "PROPN", "ADJ")  # beginnings of the tags of nouns and adjectives
@@ -64,226 +81,82 @@ def _candidate_words(sentence, tagger):
     "List the words of a sentence; with a tagger its nouns and adjectives."
     words = _WORD.findall(sentence) if tagger else ()
     if not words: return split_words(sentence)
-    return [part for word, tag in tagger(words) if tag.upper().startswith(_TAGS) for part in split_words(word)]
-
-def _training_rows(training_items, n_rows):
-    "List catalogue rows in order, each once and without padding; raise `ValueError` for what is no row."
-    if training_items is None: return list(range(1, n_rows))
-    rows = np.unique(training_items if hasattr(training_items, "__array__") else list(training_items))
-    wrong = rows if rows.dtype.kind not in "iu" else rows[(rows < 0) | (rows >= n_rows)]
-    if len(wrong):
-        raise ValueError(f"training_items holds {wrong[0]}, but must hold row numbers of this catalogue, from 1 to "
-                         f"{n_rows - 1}")
-    return rows[rows > 0].tolist()
+    kept = [word for word, tag in tagger(words) if tag.upper().startswith(_TAGS)]
+    return [part for word in kept for part in split_words(word)]
 
 # %% ../../nbs/22_features.keywords.ipynb #keyword-vocabulary
 def keyword_vocabulary(
-    texts: Sequence[Sequence[str]],  # `[V+1]` sentences of each item, row 0 empty, as `ItemTable.texts`
-    training_items: Iterable[int] | None = None,  # rows (1 to V) that occur in training; `None`: all
+    texts: Sequence[Sequence[str]],  # `[V+1]` texts of each item, row 0 empty, as `ItemTable.texts`
+    training_items: Iterable[int] | None = None,  # rows (1 to V) used in training; `None`: all
     *,
     min_items: int = 5,  # fewest items that have the word
     max_share: float = 0.3,  # largest share of the items with a text that have it
     min_length: int = 3,  # fewest letters
     stop_words: Collection[str] = STOP_WORDS,  # words to leave out
-    tagger: Callable | None = None,  # from words to pairs (word, tag); keeps nouns and adjectives
+    tagger: Callable | None = None,  # words to pairs (word, tag); keeps nouns and adjectives
     max_words: int = 20_000,  # most words, the most frequent ones
     extra_words: Iterable[str] = (),  # added behind them whatever their frequency
 ) -> list[str]:  # the most frequent first
-    "List the words of training items' texts that may become keywords; raises `ValueError` if there are none."
+    "List the words of training items' texts that may become keywords; `ValueError` if none may."
     counts, n_items = Counter(), 0
     for row in _training_rows(training_items, len(texts)):
-        counts.update({word for sentence in texts[row] for word in _candidate_words(sentence, tagger)})
+        words = (_candidate_words(sentence, tagger) for sentence in texts[row])
+        counts.update(set().union(*words))
         n_items += len(texts[row]) > 0
-    kept = [word for word, count in counts.items() if min_items <= count and count / n_items <= max_share
+    kept = [word for word, count in counts.items()
+            if count >= min_items and count / n_items <= max_share
             and len(word) >= min_length and word not in stop_words]
     kept = sorted(kept, key=lambda word: (-counts[word], word))[:max_words]
     extra = (" ".join(word.lower().split()) for word in extra_words)
     vocabulary = [word for word in dict.fromkeys([*kept, *extra]) if word]
-    if not vocabulary:
-        raise ValueError(f"no keyword is left: no word of {n_items} training items' texts is in {min_items} items or "
-                         f"more and in at most {max_share:.0%}; lower min_items, raise max_share or pass extra_words")
-    return vocabulary
+    if vocabulary: return vocabulary
+    raise ValueError(f"no keyword is left: no word of {n_items} training items' texts is in "
+                     f"{min_items} items or more and in at most {max_share:.0%}; "
+                     "lower min_items, raise max_share or pass extra_words")
 
 # %% ../../nbs/22_features.keywords.ipynb #load-word-encoder
 def load_word_encoder(
     image_encoder,  # `ImageEncoder` of a CLIP
 ) -> TextEncoder:  # the text tower of the same checkpoint, on the same device
-    "Load the text tower that shares its space with a picture encoder; raises `ValueError` if there is none."
-    if image_encoder.pooling != "clip":
-        raise ValueError(f"{image_encoder.name} has no text tower that shares its space (its pooling is "
-                         f"{image_encoder.pooling!r}); pass the picture encoder of a CLIP checkpoint")
-    return load_text_encoder(image_encoder.name, pooling="clip", device=str(image_encoder.device))
+    "Load the text tower that shares an image encoder's space; `ValueError` if there is none."
+    name, pooling = image_encoder.name, image_encoder.pooling
+    if pooling == "clip": return load_text_encoder(name, "clip", device=str(image_encoder.device))
+    raise ValueError(f"{name} has no text tower that shares its space (its pooling is "
+                     f"{pooling!r}); pass the picture encoder of a CLIP checkpoint")
 
 # %% ../../nbs/22_features.keywords.ipynb #word-similarity
 def word_similarity(
-    image_emb: Tensor,  # `[N, D]` pictures
+    image_emb: Tensor,  # `[N, D]` images
     word_emb: Tensor,  # `[W, D]` words, in the same space
-    word_level: Tensor | None = None,  # `[W]` subtracted, from `word_levels`; `None`: plain cosines (MP4SR)
+    word_level: Tensor | None = None,  # `[W]` subtracted; `None`: plain cosines (MP4SR)
 ) -> Tensor:  # `[N, W]`
-    "Compute the cosines of pictures and words, minus the level of each word if levels are given."
+    "Compute the cosines of images and words, minus the level of each word if levels are given."
     D = check_shape(word_emb, "N D").shape[1]
-    cosine = F.normalize(check_shape(image_emb, "N D", D=D), dim=1) @ F.normalize(word_emb, dim=1).T
+    images = F.normalize(check_shape(image_emb, "N D", D=D), dim=1)
+    cosine = images @ F.normalize(word_emb, dim=1).T
     return cosine if word_level is None else cosine - word_level
-
-# %% ../../nbs/22_features.keywords.ipynb #picture-chunks
-def _picture_chunks(image_emb, image_pad_mask, word_emb, rows=None, max_elements=1 << 24):
-    "Yield `(rows, columns, pictures [n, D])` of the pictures that are there, as the words' kind of tensor, in chunks."
-    check_shape(image_pad_mask, "V K", V=image_emb.shape[0], K=check_shape(image_emb, "V K D").shape[1])
-    wanted = ~image_pad_mask.cpu()
-    if rows is not None:
-        chosen = torch.zeros(len(wanted), dtype=torch.bool)
-        chosen[rows] = True
-        wanted = wanted & chosen[:, None]
-    for part in wanted.nonzero().split(max(1, max_elements // len(word_emb))):
-        row, column = part.unbind(1)
-        yield row, column, image_emb[row, column].to(word_emb)
-
-# %% ../../nbs/22_features.keywords.ipynb #word-levels
-def word_levels(
-    image_emb: Tensor,  # `[V+1, K, D]` pictures of the catalogue
-    image_pad_mask: Tensor,  # `[V+1, K]`, True = no picture there
-    word_emb: Tensor,  # `[W, D]`
-    scale: float,  # kappa, the CLIP's inverse temperature
-    training_items: Iterable[int] | None = None,  # rows (1 to V) whose pictures count; `None`: all
-    max_elements: int = 1 << 24,  # similarities held at once
-) -> Tensor:  # `[W]`
-    "Compute the level of each word over training pictures; raises `ValueError` if there is no picture."
-    total, count = torch.full_like(word_emb[:, 0], -torch.inf), 0
-    rows = _training_rows(training_items, len(image_emb))
-    for _, _, pictures in _picture_chunks(image_emb, image_pad_mask, word_emb, rows, max_elements):
-        total = torch.logaddexp(total, (scale * word_similarity(pictures, word_emb)).logsumexp(0))
-        count += len(pictures)
-    if not count:
-        raise ValueError("no training item has a picture, so the levels of words are unknown; pass other "
-                         "training_items, or standardize=False")
-    return (total - np.log(count)) / scale
-
-# %% ../../nbs/22_features.keywords.ipynb #best
-def _best(scores, n):
-    "Return the columns `[rows, n]` of the largest scores, best first; equal scores by column."
-    values, columns = scores.topk(n, dim=1)
-    tied = (scores >= values[:, -1:]).sum(1) > n
-    if tied.any(): columns[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :n]
-    columns = columns.sort(1).values
-    return columns.gather(1, scores.gather(1, columns).sort(dim=1, descending=True, stable=True).indices)
-
-# %% ../../nbs/22_features.keywords.ipynb #top-words
-def top_words(
-    image_emb: Tensor,  # `[V+1, K, D]` pictures of the catalogue
-    image_pad_mask: Tensor,  # `[V+1, K]`, True = no picture there
-    word_emb: Tensor,  # `[W, D]`
-    n: int = 15,  # words of a picture; all of them if the vocabulary has fewer
-    *,
-    word_level: Tensor | None = None,  # `[W]` from `word_levels`; `None`: plain cosines (MP4SR)
-    max_elements: int = 1 << 24,  # similarities held at once
-) -> Tensor:  # `[V+1, K, n]` int64 word numbers, the best first; -1 where there is no picture
-    "Find the words that are most similar to each picture."
-    if n < 1: raise ValueError(f"a picture needs at least one keyword, got n = {n}")
-    n = min(n, len(word_emb))
-    top = torch.full((*image_pad_mask.shape, n), -1)
-    for row, column, pictures in _picture_chunks(image_emb, image_pad_mask, word_emb, None, max_elements):
-        top[row, column] = _best(word_similarity(pictures, word_emb, word_level), n).cpu()
-    return top
 
 # %% ../../nbs/22_features.keywords.ipynb #keywords
 @dataclass(frozen=True, eq=False)
 class Keywords:
-    "Hold the keywords of every picture of a catalogue."
+    "Hold the keywords of every image of a catalogue."
     words: list[str]  # `[W]` the vocabulary, the most frequent first
-    top: Tensor  # `[V+1, K, n]` numbers of words, the best first; -1 where there is no picture
+    top: Tensor  # `[V+1, K, n]` numbers of words, the best first; -1 where there is no image
     item_tokens: list[str]  # `[V+1]`, the first is `"[PAD]"`
     settings: dict = field(default_factory=dict)  # how they were made
 
     def of(self, row: int, picture: int = 0) -> list[str]:
-        "List the keywords of a picture of the item in row `row`; none if the picture is missing."
-        return [self.words[number] for number in self.top[row, picture].tolist() if number >= 0]
+        "List the keywords of an image of the item in row `row`; none if the image is missing."
+        return [self.words[word] for word in self.top[row, picture].tolist() if word >= 0]
 
     def strings(self, joiner: str = "; ") -> list[list[str]]:
-        "Join the keywords of each picture, `[V+1][K]`; an empty string where a picture is missing."
-        return [[joiner.join(self.of(row, picture)) for picture in range(self.top.shape[1])]
-                for row in range(len(self.top))]
+        "Join the keywords of each image, `[V+1][K]`; an empty string where an image is missing."
+        rows, K, _ = self.top.shape
+        return [[joiner.join(self.of(row, k)) for k in range(K)] for row in range(rows)]
 
     def __repr__(self):
-        pictures = int((self.top[:, :, 0] >= 0).sum())
-        return f"Keywords({self.top.shape[2]} of {len(self.words):,} words for each of {pictures:,} pictures)"
-
-# %% ../../nbs/22_features.keywords.ipynb #check-inputs
-def _check_keyword_inputs(catalogue, texts, word_encoder, text_encoder, prompt):
-    "Raise a `ValueError` if pictures, words and texts do not belong together."
-    if "keywords" in catalogue.encoders:
-        raise ValueError("the picture features of this catalogue are keywords already; pass the catalogue with the "
-                         "picture vectors of a CLIP")
-    if catalogue.image_emb is None:
-        raise ValueError("the catalogue has no picture features; build it with the picture encoder of a CLIP")
-    if len(texts) != len(catalogue.item_tokens):
-        raise ValueError(f"texts has {len(texts)} rows, but the catalogue has {len(catalogue.item_tokens)}; align the "
-                         "item table with catalogue.item_tokens")
-    if "{}" not in prompt:
-        raise ValueError(f"prompt {prompt!r} has no place {{}} for the word; pass one such as 'a photo of {{}}'")
-    image, text = (catalogue.encoders.get(kind, {}) for kind in ("image", "text"))
-    size = catalogue.image_emb.shape[2]
-    if (word_encoder.pooling != "clip" or word_encoder.size != size or image.get("pooling", "clip") != "clip"
-            or image.get("name", word_encoder.name) != word_encoder.name):
-        raise ValueError(f"the pictures ({image.get('name', 'unknown encoder')}, {size} numbers) and the words "
-                         f"({word_encoder.name}, {word_encoder.size} numbers) are not of one CLIP; make the words' "
-                         "encoder with load_word_encoder(image_encoder)")
-    if catalogue.text_emb is not None and text.get("fingerprint", text_encoder.fingerprint) != text_encoder.fingerprint:
-        raise ValueError(f"the texts of this catalogue were encoded by {text.get('name')}, the keywords would be by "
-                         f"{text_encoder.name}; pass the same text encoder, with the same settings")
-
-# %% ../../nbs/22_features.keywords.ipynb #encode-strings
-def _encode_strings(strings, text_encoder, cache_dir, dtype, progress):
-    "Encode strings; return rows `[P, D]` and a report about those that are too long."
-    table = encode_table(strings, text_encoder, cache_dir, dtype=str(dtype).removeprefix("torch."), progress=progress)
-    longest, distinct = text_encoder.max_tokens, list(dict.fromkeys(strings))
-    tokens = text_encoder.tokenizer(distinct, truncation=True, max_length=longest + 1)["input_ids"] if distinct else []
-    cut = sum(len(row) > longest for row in tokens)
-    report = f"{cut} of {len(distinct)} keyword strings are cut to the {longest} tokens that {text_encoder.name} reads"
-    return torch.from_numpy(table.take()).to(dtype), [report] if cut else []
-
-# %% ../../nbs/22_features.keywords.ipynb #keyword-catalogue
-def keyword_catalogue(
-    catalogue: Catalogue,  # picture features of a CLIP
-    texts: Sequence[Sequence[str]],  # `[V+1]` sentences of each item, for the vocabulary
-    word_encoder: TextEncoder,  # text tower of the same CLIP, from `load_word_encoder`
-    text_encoder: TextEncoder,  # the one that encoded the items' texts
-    training_items: Iterable[int] | None = None,  # rows (1 to V) that occur in training; `None`: all
-    *,
-    n_keywords: int = 15,  # words of a picture
-    vocabulary: Sequence[str] | None = None,  # words to choose from; `None`: `keyword_vocabulary` of the texts
-    prompt: str = "{}",  # what the CLIP reads for a word
-    standardize: bool = True,  # subtract the level of each word; False: plain cosines (MP4SR)
-    joiner: str = "; ",  # between the words of a string
-    cache_dir: str | Path | None = None,  # where encoded words and strings are kept; `None` keeps nothing
-    progress: bool = True,  # show progress bars
-) -> tuple[Catalogue, Keywords]:  # the catalogue with keyword features in `image_emb`, and the keywords
-    "Replace pictures by sentence vectors of their keywords (MP4SR); raises `ValueError` if encoders do not fit."
-    if cache_dir is None:
-        with TemporaryDirectory() as folder:
-            return keyword_catalogue(catalogue, texts, word_encoder, text_encoder, training_items, joiner=joiner,
-                                     n_keywords=n_keywords, vocabulary=vocabulary, prompt=prompt, progress=progress,
-                                     standardize=standardize, cache_dir=folder)
-    _check_keyword_inputs(catalogue, texts, word_encoder, text_encoder, prompt)
-    rows = _training_rows(training_items, len(texts))
-    words = list(keyword_vocabulary(texts, rows) if vocabulary is None else dict.fromkeys(vocabulary))
-    if not words or not all(map(str.strip, words)): raise ValueError("the vocabulary is empty or holds an empty word")
-    prompts = [prompt.replace("{}", word) for word in words]
-    word_emb = encode_table(prompts, word_encoder, cache_dir, dtype="float32", progress=progress).take()
-    word_emb, level = torch.from_numpy(word_emb).to(word_encoder.device), None
-    pictures = catalogue.image_emb, catalogue.image_pad_mask, word_emb
-    if standardize: level = word_levels(*pictures, word_encoder.model.logit_scale.exp().item(), rows)
-    top = top_words(*pictures, n_keywords, word_level=level)
-    settings = {"n_keywords": n_keywords, "prompt": prompt, "standardize": standardize, "joiner": joiner,
-                "n_words": len(words), "vocabulary": fingerprint(words), "training_items": fingerprint(np.array(rows)),
-                "word_encoder": {"name": word_encoder.name, "fingerprint": word_encoder.fingerprint},
-                "text_encoder": {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint}}
-    keywords = Keywords(words, top, catalogue.item_tokens, settings)
-    there, dtype = ~catalogue.image_pad_mask, catalogue.image_emb.dtype
-    strings = [string for row in keywords.strings(joiner) for string in row if string]
-    emb = torch.zeros(*there.shape, text_encoder.size, dtype=dtype)
-    emb[there], report = _encode_strings(strings, text_encoder, cache_dir, dtype, progress)
-    return replace(catalogue, image_emb=emb, report=(*catalogue.report, *report),
-                   encoders=catalogue.encoders | {"keywords": settings}), keywords
+        n, there = self.top.shape[2], int((self.top[:, :, 0] >= 0).sum())
+        return f"Keywords({n} of {len(self.words):,} words for each of {there:,} pictures)"
 
 # %% ../../nbs/22_features.keywords.ipynb #value-words
 def value_words(
@@ -294,82 +167,89 @@ def value_words(
     return list(dict.fromkeys(split_words(name)[-1] for name in WORDS[attribute].get(value, ())))
 
 # %% ../../nbs/22_features.keywords.ipynb #named-words
-def _named_words(keywords, truth):
-    "Return `(places [P, 2], is_visible [P, A], names [P, A, 2])` of pictures; names are word numbers, -2 for none."
-    place = {word: number for number, word in enumerate(keywords.words)}
+def _shown_words(keywords, truth):
+    "List `(row, k, {attribute shown: words that name it})` of every image that has keywords."
     row_of = {token: row for row, token in enumerate(keywords.item_tokens)}
-    there = (keywords.top[:, :, 0] >= 0).tolist()
-    places, is_visible, names = [], [], []
+    words, found = set(keywords.words), []
     for item in truth.attributes.iter_rows(named=True):
-        for picture, view in enumerate(item["views"][:keywords.top.shape[1]]):
-            row = row_of.get(item["item_id"], 0)
-            if not there[row][picture]: continue
-            known = [[] if name == "size" and view == "close-up" else value_words(name, item[name]) for name in VISIBLE]
-            numbers = [[place[word] for word in words if word in place] for words in known]
-            places.append((row, picture))
-            is_visible.append([len(words) > 0 for words in known])
-            names.append([(row + [-2, -2])[:2] for row in numbers])
-    if not places: raise ValueError("no picture of this truth's items has keywords; pass the truth of the same shop")
-    return np.array(places), np.array(is_visible), np.array(names)
+        row = row_of.get(item["item_id"], 0)
+        for k, view in enumerate(item["views"][:keywords.top.shape[1]]):
+            if keywords.top[row, k, 0] < 0: continue
+            names = {name: value_words(name, item[name]) for name in VISIBLE}
+            if view == "close-up": names["size"] = []
+            shown = {name: words & set(some) for name, some in names.items() if some}
+            found.append((row, k, shown))
+    if found: return found
+    raise ValueError("no picture has keywords; pass keywords and truth of the same shop")
 
 # %% ../../nbs/22_features.keywords.ipynb #quality-parts
-def _quality(is_right, found, n_right, is_visible, n):
-    "Average R-precision, precision and recall over pictures, and recall by attribute (`found [P, A]`)."
-    first = np.arange(is_right.shape[1]) < n_right[:, None]
-    r_precision = (is_right * first).sum(1) / np.maximum(first.sum(1), 1)
-    recall = (found * is_visible).sum(1) / np.maximum(is_visible.sum(1), 1)
-    by_attribute = (found * is_visible).sum(0) / np.maximum(is_visible.sum(0), 1)
-    means = {"R-precision": r_precision.mean(), f"precision@{n}": is_right[:, :n].mean(), f"recall@{n}": recall.mean()}
-    return {name: float(value) for name, value in (means | dict(zip(VISIBLE, by_attribute))).items()}
+def _word_scores(said, shown, n, n_kept):
+    "Score the words said of one image, the best first, against the words that name what it shows."
+    right = set().union(*shown.values())
+    R, first = min(len(right), n_kept), set(said[:n])
+    is_named = {name: float(bool(names & first)) for name, names in shown.items()}
+    return {"R-precision": len(right & set(said[:R])) / max(R, 1),
+            f"precision@{n}": len(right & first) / min(n, n_kept),
+            f"recall@{n}": sum(is_named.values()) / max(len(shown), 1), **is_named}
+
+# %% ../../nbs/22_features.keywords.ipynb #chance-scores
+def _chance_scores(shown, n, n_words):
+    "Expect the scores of one image for words that are drawn without looking."
+    right, draws = len(set().union(*shown.values())) / n_words, np.arange(min(n, n_words))
+    def found(w): return 1 - np.prod(np.maximum(n_words - w - draws, 0) / (n_words - draws))
+    is_named = {name: found(len(names)) for name, names in shown.items()}
+    recall = sum(is_named.values()) / max(len(shown), 1)
+    return {"R-precision": right, f"precision@{n}": right, f"recall@{n}": recall, **is_named}
 
 # %% ../../nbs/22_features.keywords.ipynb #keyword-quality
 def keyword_quality(
     keywords: Keywords,
-    truth,  # `Truth` of the marketplace; picture k of an item must be its k-th view
+    truth,  # `Truth` of the marketplace; image k of an item must be its k-th view
     n: int = 15,  # keywords that count for precision and recall
-    frequent: Sequence[str] | None = None,  # words by frequency; `None`: the vocabulary's own order
-) -> dict[str, dict[str, float]]:  # "keywords", "frequent words", "chance": the averages, and recall by attribute
-    "Measure how many visible attributes the keywords name; R is capped at the number of keywords kept."
-    places, is_visible, names = _named_words(keywords, truth)
-    top, n_words = keywords.top.numpy()[places[:, 0], places[:, 1]], len(keywords.words)
-    if n > top.shape[1] < n_words: raise ValueError(f"n is {n}, but only {top.shape[1]} keywords were kept; keep more")
-    number = {word: place for place, word in enumerate(keywords.words)}
-    often = [number[word] for word in frequent or keywords.words if word in number] + [-1] * top.shape[1]
-    often = np.tile(often[:top.shape[1]], (len(top), 1))
-    n_right = np.array([len(set(row[row >= 0])) for row in names.reshape(len(names), -1)])
-    quality = {}
-    for name, chosen in (("keywords", top), ("frequent words", often)):
-        is_hit = (chosen[:, None, :, None] == names[:, :, None, :]).any(3)
-        quality[name] = _quality(is_hit.any(1), is_hit[:, :, :n].any(2), n_right, is_visible, n)
-    draws, n_names = np.arange(min(n, n_words)), (names >= 0).sum(2)
-    missed = np.prod(np.maximum(n_words - n_names[..., None] - draws, 0) / (n_words - draws), 2)
-    by_chance = np.tile(n_right[:, None] / n_words, top.shape[1])
-    return quality | {"chance": _quality(by_chance, 1 - missed, n_right, is_visible, n)}
+    frequent: Sequence[str] | None = None,  # words by frequency; `None`: the vocabulary's order
+) -> dict[str, dict[str, float]]:  # "keywords", "frequent words", "chance": averages of each score
+    """Measure how many of the attributes shown the keywords name.
+
+    R is capped at the number of keywords kept. Raises `ValueError` if fewer than `n` were kept."""
+    n_kept, n_words, known = keywords.top.shape[2], len(keywords.words), set(keywords.words)
+    if n > n_kept < n_words:
+        raise ValueError(f"n is {n}, but only {n_kept} keywords were kept; keep more")
+    often = [word for word in frequent or keywords.words if word in known][:n_kept]
+    scores = {"keywords": [], "frequent words": [], "chance": []}
+    for row, k, shown in _shown_words(keywords, truth):
+        scores["keywords"].append(_word_scores(keywords.of(row, k), shown, n, n_kept))
+        scores["frequent words"].append(_word_scores(often, shown, n, n_kept))
+        scores["chance"].append(_chance_scores(shown, n, n_words))
+    columns = ["R-precision", f"precision@{n}", f"recall@{n}", *VISIBLE]
+    mean = lambda rows, key: float(np.mean([row[key] for row in rows if key in row] or [0]))
+    return {name: {key: mean(rows, key) for key in columns} for name, rows in scores.items()}
 
 # %% ../../nbs/22_features.keywords.ipynb #everyday-words
 EVERYDAY_WORDS = tuple("""
-able academic account advice airport ancient angry answer apple army article athlete august award bakery balcony
-banana basket beach beaver bedroom belief bicycle blanket blind bold book boring brave breakfast breeze bridge
-bright brother budget button cabin cage cake calm camera canyon captain castle cattle ceiling century chalk
-chance cheerful cheese chess chicken chimney church citizen city climate clock coast coffee colony comfort
-concert contract cottage country cousin cowboy cruel culture curtain custom dancer danger december deep delicate
-dentist desk diamond dinner doctor donkey door dragon drawer dusty eager early earth easy echo editor egg
-election elephant enemy energy equal evening evil exact expert factory faith false famous farmer fast father
-february fence fiction fierce fire flag flood floor foggy folk foreign forest fortune fragile fresh friday fruit
-funny galaxy game garden garlic giant goat gold grandmother grape gravity guest habit hammer harbour harmony
-health heavy helpful hero hollow honest horse hospital hour humble idea illegal insect january jealous joke
-journey juice july jungle justice knife knight labour ladder lamp language laughter law leader legend letter
-library liquid lively local logic loud loyal lunch luxury market marriage meadow medical memory merchant
-midnight mild mirror misty monday money morning mother mouse museum mystery narrow native neighbour nerve noble
-north novel ocean october onion opera orchestra owner paper parent patient peace pepper period piano pigeon
-pirate planet poet police pool potato powder power president price prince prison promise proud puppet pure quick
-quiet radio railway rare reason religion reply restaurant reward rice rich road roof rough royal sacred sadness
-salad salt sauce scholar secret senior shadow shallow shelf shoulder silent silver skill sleepy smart smooth
-soap soldier sorrow soup speech spider spoon sport square stable stone storm strange street student sudden
-summer sunday sweet sword tall taxi temple tender theatre theory thief thin thunder thursday tiger tired tomato
-tooth traffic tragedy triangle truth turtle twin uncle urban valley vegetable village violin voice volcano
-wallet warm weather wedding weight whale wheel whisper wild window wisdom wise wolf wonder worry writer zebra
-zero
+able academic account advice airport ancient angry answer apple army article athlete august award
+bakery balcony banana basket beach beaver bedroom belief bicycle blanket blind bold book boring
+brave breakfast breeze bridge bright brother budget button cabin cage cake calm camera canyon
+captain castle cattle ceiling century chalk chance cheerful cheese chess chicken chimney church
+citizen city climate clock coast coffee colony comfort concert contract cottage country cousin
+cowboy cruel culture curtain custom dancer danger december deep delicate dentist desk diamond dinner
+doctor donkey door dragon drawer dusty eager early earth easy echo editor egg election elephant
+enemy energy equal evening evil exact expert factory faith false famous farmer fast father february
+fence fiction fierce fire flag flood floor foggy folk foreign forest fortune fragile fresh friday
+fruit funny galaxy game garden garlic giant goat gold grandmother grape gravity guest habit hammer
+harbour harmony health heavy helpful hero hollow honest horse hospital hour humble idea illegal
+insect january jealous joke journey juice july jungle justice knife knight labour ladder lamp
+language laughter law leader legend letter library liquid lively local logic loud loyal lunch luxury
+market marriage meadow medical memory merchant midnight mild mirror misty monday money morning
+mother mouse museum mystery narrow native neighbour nerve noble north novel ocean october onion
+opera orchestra owner paper parent patient peace pepper period piano pigeon pirate planet poet
+police pool potato powder power president price prince prison promise proud puppet pure quick quiet
+radio railway rare reason religion reply restaurant reward rice rich road roof rough royal sacred
+sadness salad salt sauce scholar secret senior shadow shallow shelf shoulder silent silver skill
+sleepy smart smooth soap soldier sorrow soup speech spider spoon sport square stable stone storm
+strange street student sudden summer sunday sweet sword tall taxi temple tender theatre theory thief
+thin thunder thursday tiger tired tomato tooth traffic tragedy triangle truth turtle twin uncle
+urban valley vegetable village violin voice volcano wallet warm weather wedding weight whale wheel
+whisper wild window wisdom wise wolf wonder worry writer zebra zero
 """.split())
 
 # %% ../../nbs/22_features.keywords.ipynb #plot-keyword-quality
@@ -379,32 +259,186 @@ def plot_keyword_quality(
 ) -> plt.Axes:
     "Draw qualities as a table of coloured numbers, one row a name."
     columns = list(next(iter(quality.values())))
-    ax = plot_heatmap([[row[column] for column in columns] for row in quality.values()], list(quality), columns,
-                      title=title, digits=2)
-    ax.axvline(sum(column not in VISIBLE for column in columns), color=COLORS["ink"], linewidth=1.5)
+    values = [[row[column] for column in columns] for row in quality.values()]
+    ax = plot_heatmap(values, list(quality), columns, title=title, digits=2)
+    n_averages = sum(column not in VISIBLE for column in columns)
+    ax.axvline(n_averages, color=COLORS["ink"], linewidth=1.5)
     return ax
 
 # %% ../../nbs/22_features.keywords.ipynb #plot-keywords
 def plot_keywords(
-    images: Sequence,  # `[n]` pictures
+    images: Sequence,  # `[n]` images
     words: Sequence[Sequence[str]],  # `[n]` keywords of each, the best first
     right: Sequence[Collection[str]] | None = None,  # `[n]` words to highlight
-    n_cols: int = 2,  # pictures in a row
+    n_cols: int = 2,  # images in a row
     n_lines: int = 5,  # words below each other
     title: str = "",
 ) -> plt.Figure:
-    "Draw pictures with their keywords beside them, read downwards; right ones in the accent colour."
+    "Draw images with their keywords beside them, read downwards; right ones in the accent colour."
     n_rows, right = -(-len(images) // n_cols), right or [()] * len(images)
-    fig, axes = plt.subplots(n_rows, 2 * n_cols, figsize=(4 * n_cols, .86 * n_rows + .3), squeeze=False,
-                             width_ratios=[1, 3.6] * n_cols)
+    size = 4 * n_cols, .86 * n_rows + .3
+    fig, axes = plt.subplots(n_rows, 2 * n_cols, figsize=size, width_ratios=[1, 3.6] * n_cols)
     for ax in axes.flat: ax.axis("off")
-    for place, (image, row, good) in enumerate(zip(images, words, right)):
-        ax, beside = axes[place // n_cols, 2 * (place % n_cols):][:2]
+    panels = axes.reshape(-1, 2)
+    for (ax, beside), image, some, good in zip(panels, images, words, right):
         ax.imshow(np.asarray(image), interpolation="antialiased")
-        n_columns = max(1, -(-len(row) // n_lines))
-        for number, word in enumerate(row):
-            style = dict(color=COLORS["accent"], fontweight="bold") if word in good else dict(color=COLORS["ink"])
-            beside.text(number // n_lines / n_columns, 1 - (number % n_lines + .5) / n_lines, word, va="center",
+        n_columns = max(1, -(-len(some) // n_lines))
+        for number, word in enumerate(some):
+            column, line = divmod(number, n_lines)
+            style = dict(color=COLORS["accent"], weight="bold") if word in good else {}
+            beside.text(column / n_columns, 1 - (line + .5) / n_lines, word, va="center",
                         fontsize=7.5, transform=beside.transAxes, **style)
     if title: fig.suptitle(title, x=.01, ha="left", fontsize=10.5, fontweight="bold")
     return fig
+
+# %% ../../nbs/22_features.keywords.ipynb #picture-chunks
+def _image_chunks(image_emb, image_pad_mask, word_emb, max_elements):
+    "Yield `(rows, columns, images [n, D])` of the images that are there, in the words' dtype."
+    V, K, _ = check_shape(image_emb, "V K D").shape
+    there = ~check_shape(image_pad_mask, "V K", V=V, K=K).cpu()
+    for part in there.nonzero().split(max(1, max_elements // len(word_emb))):
+        row, column = part.unbind(1)
+        yield row, column, image_emb[row, column].to(word_emb)
+
+# %% ../../nbs/22_features.keywords.ipynb #word-levels
+def word_levels(
+    image_emb: Tensor,  # `[V+1, K, D]` images of the catalogue
+    image_pad_mask: Tensor,  # `[V+1, K]`, True = no image there
+    word_emb: Tensor,  # `[W, D]`
+    scale: float,  # kappa, the CLIP's inverse temperature
+    training_items: Iterable[int] | None = None,  # rows (1 to V) that count; `None`: all
+    max_elements: int = 1 << 24,  # similarities held at once
+) -> Tensor:  # `[W]`
+    "Compute the level of each word over training images; `ValueError` if there is no image."
+    total, count = torch.full_like(word_emb[:, 0], -torch.inf), 0
+    rows = torch.tensor(_training_rows(training_items, len(image_emb)))
+    is_held_out = ~torch.isin(torch.arange(len(image_emb)), rows)
+    pad_mask = image_pad_mask.cpu() | is_held_out[:, None]
+    for _, _, images in _image_chunks(image_emb, pad_mask, word_emb, max_elements):
+        scores = scale * word_similarity(images, word_emb)
+        total = torch.logaddexp(total, scores.logsumexp(0))
+        count += len(images)
+    if count: return (total - np.log(count)) / scale
+    raise ValueError("no training item has a picture, so the levels of words are unknown; "
+                     "pass other training_items, or standardize=False")
+
+# %% ../../nbs/22_features.keywords.ipynb #best
+def _best(scores, n):
+    "Return the columns `[rows, n]` of the largest scores, best first; equal scores by column."
+    def order(scores): return scores.sort(dim=1, descending=True, stable=True).indices
+    values, columns = scores.topk(n, dim=1)
+    tied = (scores >= values[:, -1:]).sum(1) > n
+    if tied.any(): columns[tied] = order(scores[tied])[:, :n]
+    columns = columns.sort(1).values
+    return columns.gather(1, order(scores.gather(1, columns)))
+
+# %% ../../nbs/22_features.keywords.ipynb #top-words
+def top_words(
+    image_emb: Tensor,  # `[V+1, K, D]` images of the catalogue
+    image_pad_mask: Tensor,  # `[V+1, K]`, True = no image there
+    word_emb: Tensor,  # `[W, D]`
+    n: int = 15,  # words of an image; all of them if the vocabulary has fewer
+    *,
+    word_level: Tensor | None = None,  # `[W]` from `word_levels`; `None`: plain cosines (MP4SR)
+    max_elements: int = 1 << 24,  # similarities held at once
+) -> Tensor:  # `[V+1, K, n]` int64 word numbers, the best first; -1 where there is no image
+    "Find the words that are most similar to each image; raises `ValueError` for n below 1."
+    if n < 1: raise ValueError(f"a picture needs at least one keyword, got n = {n}")
+    n = min(n, len(word_emb))
+    top = torch.full((*image_pad_mask.shape, n), -1)
+    for row, column, images in _image_chunks(image_emb, image_pad_mask, word_emb, max_elements):
+        top[row, column] = _best(word_similarity(images, word_emb, word_level), n).cpu()
+    return top
+
+# %% ../../nbs/22_features.keywords.ipynb #check-inputs
+def _check_keyword_inputs(catalogue, texts, prompt):
+    "Raise a `ValueError` if catalogue, texts and prompt cannot give keywords."
+    n_rows = len(catalogue.item_tokens)
+    if "keywords" in catalogue.encoders:
+        raise ValueError("the picture features are keywords already; pass the vectors of a CLIP")
+    if catalogue.image_emb is None:
+        raise ValueError("the catalogue has no picture features; build it with those of a CLIP")
+    if len(texts) != n_rows:
+        raise ValueError(f"texts has {len(texts)} rows, but the catalogue has {n_rows}; align the "
+                         "item table with catalogue.item_tokens")
+    if "{}" not in prompt:
+        raise ValueError(f"prompt {prompt!r} has no place {{}} for the word, as 'a photo of {{}}'")
+
+# %% ../../nbs/22_features.keywords.ipynb #check-encoders
+def _check_encoders(catalogue, word_encoder, text_encoder):
+    "Raise a `ValueError` if images, words and texts were encoded by networks that do not fit."
+    image, text = (catalogue.encoders.get(kind, {}) for kind in ("image", "text"))
+    by, size = image.get("name", word_encoder.name), catalogue.image_emb.shape[2]
+    is_clip = word_encoder.pooling == image.get("pooling", "clip") == "clip"
+    if not is_clip or (word_encoder.name, word_encoder.size) != (by, size):
+        raise ValueError(f"the pictures ({image.get('name', 'unknown encoder')}, {size} numbers) "
+                         f"and the words ({word_encoder.name}, {word_encoder.size} numbers) are "
+                         "not of one CLIP; take load_word_encoder(image_encoder) for the words")
+    mark = text_encoder.fingerprint
+    if catalogue.text_emb is not None and text.get("fingerprint", mark) != mark:
+        raise ValueError(f"the texts of this catalogue were encoded by {text.get('name')}, not by "
+                         f"{text_encoder.name} as it is set; pass the same text encoder")
+
+# %% ../../nbs/22_features.keywords.ipynb #encode-strings
+def _encode_strings(strings, text_encoder, folder, dtype, progress):
+    "Encode strings; return rows `[P, D]` and a report about those that are too long."
+    name = str(dtype).removeprefix("torch.")
+    table = encode_table(strings, text_encoder, folder, dtype=name, progress=progress)
+    longest, distinct = text_encoder.max_tokens, list(dict.fromkeys(strings))
+    options = dict(truncation=True, max_length=longest + 1)
+    tokens = text_encoder.tokenizer(distinct, **options)["input_ids"] if distinct else []
+    cut = sum(len(row) > longest for row in tokens)
+    report = [f"{cut} of {len(distinct)} keyword strings are cut to the {longest} tokens that "
+              f"{text_encoder.name} reads"] if cut else []
+    return torch.from_numpy(table.take()).to(dtype), report
+
+# %% ../../nbs/22_features.keywords.ipynb #find-keywords
+def _find_keywords(catalogue, words, word_encoder, rows, settings, folder, progress):
+    "Rank the words for each image; return `Keywords`."
+    prompts = [settings["prompt"].replace("{}", word) for word in words]
+    table = encode_table(prompts, word_encoder, folder, dtype="float32", progress=progress)
+    word_emb, level = torch.from_numpy(table.take()).to(word_encoder.device), None
+    images = catalogue.image_emb, catalogue.image_pad_mask, word_emb
+    if settings["standardize"]:
+        level = word_levels(*images, word_encoder.model.logit_scale.exp().item(), rows)
+    top = top_words(*images, settings["n_keywords"], word_level=level)
+    return Keywords(words, top, catalogue.item_tokens, settings)
+
+# %% ../../nbs/22_features.keywords.ipynb #keyword-catalogue
+def keyword_catalogue(
+    catalogue: Catalogue,  # image features of a CLIP
+    texts: Sequence[Sequence[str]],  # `[V+1]` texts of each item, for the vocabulary
+    word_encoder: TextEncoder,  # text tower of the same CLIP, from `load_word_encoder`
+    text_encoder: TextEncoder,  # the one that encoded the items' texts
+    training_items: Iterable[int] | None = None,  # rows (1 to V) used in training; `None`: all
+    *,
+    n_keywords: int = 15,  # words of an image
+    vocabulary: Sequence[str] | None = None,  # words to choose from; `None`: `keyword_vocabulary`
+    prompt: str = "{}",  # what the CLIP reads for a word
+    standardize: bool = True,  # subtract the level of each word; False: plain cosines (MP4SR)
+    joiner: str = "; ",  # between the words of a string
+    cache_dir: str | Path | None = None,  # where encoded words and strings are kept, if at all
+    progress: bool = True,  # show progress bars
+) -> tuple[Catalogue, Keywords]:  # with keyword features in `image_emb`; the keywords
+    "Replace images by sentence vectors of their keywords (MP4SR); `ValueError` for bad inputs."
+    _check_keyword_inputs(catalogue, texts, prompt)
+    _check_encoders(catalogue, word_encoder, text_encoder)
+    rows = _training_rows(training_items, len(texts))
+    if vocabulary is None: vocabulary = keyword_vocabulary(texts, rows)
+    words = list(dict.fromkeys(vocabulary))
+    if not words or not all(map(str.strip, words)):
+        raise ValueError("the vocabulary is empty or holds an empty word")
+    identity = lambda encoder: {"name": encoder.name, "fingerprint": encoder.fingerprint}
+    settings = {"n_keywords": n_keywords, "prompt": prompt, "standardize": standardize,
+                "joiner": joiner, "n_words": len(words), "vocabulary": fingerprint(words),
+                "training_items": fingerprint(np.array(rows)),
+                "word_encoder": identity(word_encoder), "text_encoder": identity(text_encoder)}
+    there, dtype = ~catalogue.image_pad_mask, catalogue.image_emb.dtype
+    emb = torch.zeros(*there.shape, text_encoder.size, dtype=dtype)
+    keep = TemporaryDirectory() if cache_dir is None else contextlib.nullcontext(cache_dir)
+    with keep as folder:
+        keywords = _find_keywords(catalogue, words, word_encoder, rows, settings, folder, progress)
+        strings = [string for row in keywords.strings(joiner) for string in row if string]
+        emb[there], report = _encode_strings(strings, text_encoder, folder, dtype, progress)
+    return replace(catalogue, image_emb=emb, report=(*catalogue.report, *report),
+                   encoders=catalogue.encoders | {"keywords": settings}), keywords
