@@ -204,18 +204,18 @@ def test_ablations_can_be_named_and_are_not_among_all():
     assert RunConfig.from_dict(json.loads(json.dumps(RunConfig().to_dict()))) == RunConfig()
 
 @pytest.mark.parametrize("name, found", [
-    ("mp4sr", {}), ("mp4sr_no_mixup", dict(mixup=False)), ("mp4sr_legacy_losses", dict(legacy=True)),
+    ("mp4sr", {}), ("mp4sr_no_mixup", dict(mixup=False)), ("mp4sr_legacy_losses", dict(released={"false_negatives", "cmcl_rows"})),
     ("mp4sr_no_projections", dict(heads=None))])
 def test_an_ablation_changes_what_is_pretrained_and_nothing_else(name, found, data, quick):
     model, tuned = SYSTEMS[name].pretrain(data.keyword_catalogue, quick), SYSTEMS[name].build(data.keyword_catalogue, quick)
     assert model.item_emb is None and tuned.item_emb is not None and tuned.heads is None
-    assert (model.mixup, model.legacy, model.heads is None) == (found.get("mixup", True), found.get("legacy", False),
-                                                                "heads" in found)
+    assert model.disturbance["mixup"] == found.get("mixup", True) and model.released == found.get("released", set())
+    assert (model.heads is None) == ("heads" in found)
     assert (tuned.max_len, tuned.m2se.state_dict().keys()) == (quick.max_len, model.m2se.state_dict().keys())
 
 def test_missrec_with_density_peaks_differs_in_its_clustering_only(data, quick):
     plain, dpc = (SYSTEMS[name].build(data.catalogue, quick) for name in ("missrec_scratch", "missrec_dpc_scratch"))
-    assert (plain.interest_method, dpc.interest_method) == ("kmeans", "dpc_knn") and SYSTEMS["missrec_dpc_scratch"].pretrain is None
+    assert tuple(model.items.interests.method for model in (plain, dpc)) == ("kmeans", "dpc_knn") and SYSTEMS["missrec_dpc_scratch"].pretrain is None
     assert plain.state_dict().keys() == dpc.state_dict().keys() and str(plain) == str(dpc)
 
 @pytest.mark.parametrize("name", ["mp4sr_fixed_pooling", "mp4sr_unmasked_pooling"])

@@ -562,7 +562,8 @@ def interests_section(
     if interests is None or interests.of_item.shape[1] < 2: return None
     sheet = plot_interests(interests, first_pictures(run.data.items), title="")
     return {"figure": embed_figure(sheet, n_colors=96), "title": first.title,
-            "n_interests": interests.n_interests, "n_tokens": int((interests.of_item > 0).sum())}
+            "n_interests": interests.n_interests,
+            "n_tokens": int((interests.of_item > 0).sum())}
 
 # %% ../../nbs/80_app.report.ipynb #map-vectors
 def map_vectors(

@@ -33,7 +33,9 @@ def dot_score(
     return sequence.flatten(1) @ vectors.flatten(1).T
 
 # %% ../../nbs/32_blocks.losses.ipynb #info-nce
-def _at_least_32_bits(scores): return scores if scores.dtype == torch.float64 else scores.float()
+def _at_least_32_bits(scores):
+    "Widen 16-bit scores: `exp(1 / 0.07)` exceeds the largest 16-bit number."
+    return scores if scores.dtype == torch.float64 else scores.float()
 
 def info_nce(
     logits: Tensor,  # `[B, N]`, similarities over temperature

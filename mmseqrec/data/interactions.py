@@ -31,6 +31,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 from matplotlib.ticker import PercentFormatter
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..artifacts import atomic_folder, fingerprint, read_json, write_json
@@ -427,12 +428,10 @@ def load_split(
 ) -> Split:  # with its events
     "Read a split; raise `FileNotFoundError`, or `ValueError` for damaged files."
     folder = Path(folder)
-    for name in ("events.safetensors", "ids.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no saved split: there is no {name}")
-    ids = read_json(folder / "ids.json")
-    try: arrays = load_file(folder / "events.safetensors")
-    except Exception as error:
+    try: ids, arrays = read_json(folder / "ids.json"), load_file(folder / "events.safetensors")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} holds no saved split: {error}") from None
+    except SafetensorError as error:
         raise ValueError(f"{folder}/events.safetensors is damaged ({error}): save again") from None
     stage, cold = arrays.pop("stage"), arrays.pop("cold_items")
     for name in ("user", "item"):

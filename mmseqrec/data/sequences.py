@@ -20,7 +20,6 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..core import derive_seed
 from .interactions import TEST, TRAIN, VALID
@@ -152,12 +151,13 @@ def collate(
     max_len: int,  # keep at most this many of the last items
 ) -> Batch:  # without targets
     "Pad lists of item numbers into a batch. Raises `ValueError` for an empty history."
-    rows = [torch.as_tensor(history[-max_len:], dtype=torch.long) for history in histories]
-    lengths = [len(row) for row in rows]
-    if 0 in lengths: raise ValueError(f"history {lengths.index(0)} is empty; leave it out or "
-                                      "recommend popular items for it")
-    item_seq = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0, dtype=torch.long)
-    return Batch(item_seq, torch.tensor(lengths, dtype=torch.long))
+    rows = [history[-max_len:] for history in histories]
+    lengths = np.array([len(row) for row in rows], np.int64)
+    if not lengths.all(): raise ValueError(f"history {lengths.argmin()} is empty; leave it out or "
+                                           "recommend popular items for it")
+    item_seq = np.zeros((len(rows), lengths.max(initial=0)), np.int64)
+    for padded, row in zip(item_seq, rows): padded[:len(row)] = row
+    return Batch(torch.from_numpy(item_seq), torch.from_numpy(lengths))
 
 # %% ../../nbs/14_data.sequences.ipynb #expand-prefixes
 def expand_prefixes(

@@ -24,7 +24,7 @@ from ..config import RunConfig
 from ..evaluation import user_means
 from .run import (SYSTEMS, Result, Run, RunData, difference, load_result,
                                       prepare_data, result_fingerprint, result_table, run_system)
-from ..figures import COLORS
+from ..figures import COLORS, plot_bars
 
 # %% ../../nbs/61_experiments.compare.ipynb #comparison-table
 def comparison_table(
@@ -179,16 +179,13 @@ def plot_costs(
 ) -> plt.Figure:
     "Draw the seconds of one training and the trainable numbers of every system that learns."
     rows = [row for row in _rows_by(stored, metric) if row["n_parameters"]]
-    size = (8.4, .9 + .25 * len(rows))
-    fig, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    colors = {row["title"]: SYSTEMS[row["system"]].color for row in rows}
+    fig, axes = plt.subplots(1, 2, figsize=(8.4, .9 + .25 * len(rows)), layout="constrained")
     for ax, key, scale, title in ((axes[0], "seconds", 1, "Seconds of one training"),
                                   (axes[1], "n_parameters", 1000, "Parameters, thousands")):
-        bars = ax.barh(range(len(rows)), [row[key] / scale for row in rows], height=.66,
-                       color=[SYSTEMS[row["system"]].color for row in rows])
-        ax.bar_label(bars, fmt="{:,.0f}", padding=4, fontsize=8.5)
-        ax.set(title=title)
-        ax.margins(x=.14)
-        _name_rows(ax, [row["title"] for row in rows])
+        values = {row["title"]: row[key] / scale for row in rows}
+        plot_bars(values, colors=colors, title=title, digits=0, ax=ax)
+    axes[1].tick_params(labelleft=False)
     return fig
 
 # %% ../../nbs/61_experiments.compare.ipynb #grids

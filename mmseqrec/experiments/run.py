@@ -12,7 +12,8 @@ __all__ = ['SYSTEMS', 'System', 'feature_sizes', 'sized', 'RunData', 'prepare_da
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -103,8 +104,9 @@ _BASELINES = (
 # %% ../../nbs/60_experiments.run.ipynb #mp4sr
 _IDS = dict(transductive=True, projections=False)  # fine-tuned with ID embeddings
 _CONTENT = dict(transductive=False, projections=False)  # fine-tuned by content only
-_FIXED = dict(trained_pooling=False)  # as in the released code, like the next
-_UNMASKED = dict(masked_pooling=False)
+_FIXED = dict(released=("untrained_pooling",))  # as in the released code, like the next
+_UNMASKED = dict(released=("padded_pooling",))
+_LEGACY = dict(released=("false_negatives", "cmcl_rows"))
 
 # %% ../../nbs/60_experiments.run.ipynb #mp4sr-list
 _MP4SR = tuple(
@@ -119,14 +121,14 @@ _MP4SR = tuple(
         ("mp4sr_no_projections", _IDS, dict(projections=False), "image"),
         ("mp4sr_fixed_pooling", _IDS | _FIXED, _FIXED, "id"),
         ("mp4sr_unmasked_pooling", _IDS | _UNMASKED, _UNMASKED, "accent"),
-        ("mp4sr_legacy_losses", _IDS, dict(legacy=True), "ink")))
+        ("mp4sr_legacy_losses", _IDS, _LEGACY, "ink")))
 
 # %% ../../nbs/60_experiments.run.ipynb #families
 _UNISREC = dict(color=COLORS["text"], needs="text", drops_words=True)
-_MMSREC = dict(color="#1f8a9e", needs="both", stays=("encoder.position_emb.",),
+_MMSREC = dict(color="#1f8a9e", needs="both", stays=("towers.encoder.position_emb.",),
                pretrain_store=lambda store: pair_store(store.training_items, store.n_items))
 _MISSREC = dict(color=COLORS["image"], needs="content", drops_words=True,
-                stays=("item_emb.", "interest_"))
+                stays=("item_emb.", "items.interests."))
 
 # %% ../../nbs/60_experiments.run.ipynb #modes
 def _modes(kind, facts, **modes):
@@ -204,19 +206,27 @@ class _Shop:
     notes: list[str]
 
 # %% ../../nbs/60_experiments.run.ipynb #read-tables
-def _read_tables(config, folder, lap, progress):
+@contextmanager
+def _timed(seconds, stage):
+    "Note how long the `with` block takes."
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+def _read_tables(config, folder, seconds, progress):
     "Read tables, take the k-core, split leave-one-out, and encode texts and images."
-    source, notes, *paths = from_main(lambda: _raw_tables(config, folder, progress))
-    lap("raw tables")
-    events = read_interactions(paths[0], config.user_column, config.item_column, config.time_column)
-    kept = k_core(events, config.min_user, config.min_item)
-    split = leave_one_out(kept)
-    lap("reading and splitting")
-    items = read_items(*paths[1:], config.item_column, config.text_columns, config.image_column)
-    checked = check_images(items.align(kept.item_tokens), progress=progress)
-    lap("items and pictures")
-    catalogue, encoders, note = _features(config, checked.table, paths[1], folder, progress)
-    lap("features")
+    with _timed(seconds, "raw tables"):
+        source, notes, *paths = from_main(lambda: _raw_tables(config, folder, progress))
+    columns = (config.user_column, config.item_column, config.time_column)
+    with _timed(seconds, "reading and splitting"):
+        events = read_interactions(paths[0], *columns)
+        kept = k_core(events, config.min_user, config.min_item)
+        split = leave_one_out(kept)
+    with _timed(seconds, "items and pictures"):
+        items = read_items(*paths[1:], config.item_column, config.text_columns, config.image_column)
+        checked = check_images(items.align(kept.item_tokens), progress=progress)
+    with _timed(seconds, "features"):
+        catalogue, encoders, note = _features(config, checked.table, paths[1], folder, progress)
     return _Shop(source, split, checked.table, catalogue, encoders,
                  [note, *notes, *_data_notes(config, events, kept, checked), *catalogue.report])
 
@@ -251,16 +261,16 @@ def _given_features(config, table, items_path):
     return catalogue_from_arrays(table.item_tokens[1:], **arrays)
 
 # %% ../../nbs/60_experiments.run.ipynb #benchmark
-def _read_benchmark(config, folder, lap, progress):
+def _read_benchmark(config, folder, seconds, progress):
     "Read a published split with its features."
-    bench = read_benchmark(config.source.partition(":")[2])
-    tokens = bench.split.interactions.item_tokens
-    arrays = {f"{kind}_emb": bench.features(kind)[1:] for kind in bench.dumps}
+    with _timed(seconds, "reading and splitting"):
+        bench = read_benchmark(config.source.partition(":")[2])
+        arrays = {f"{kind}_emb": bench.features(kind)[1:] for kind in bench.dumps}
+        texts = dict(zip(*bench.texts)) if len(bench.texts) else {}
+    tokens = list(bench.split.interactions.item_tokens)
     catalogue = catalogue_from_arrays(tokens[1:], **arrays)
-    texts = dict(zip(*bench.texts)) if len(bench.texts) else {}
-    table = ItemTable(list(tokens), [[texts[token]] if token in texts else [] for token in tokens],
-                      [[] for _ in tokens], bench.name)
-    lap("reading and splitting")
+    sentences = [[texts[token]] if token in texts else [] for token in tokens]
+    table = ItemTable(tokens, sentences, [[] for _ in tokens], bench.name)
     return _Shop(f"the published split {bench.name}", bench.split, table, catalogue, None,
                  ["Split and features were taken as published.", *bench.notes, *catalogue.report])
 
@@ -271,17 +281,13 @@ def prepare_data(
     progress: bool = True,  # show progress bars
 ) -> RunData:
     "Read events and items, split leave-one-out unless that is done, and encode texts and images."
-    seconds, start = {}, time.perf_counter()
-    def lap(stage):
-        nonlocal start
-        seconds[stage], start = round(time.perf_counter() - start, 2), time.perf_counter()
-    is_benchmark = (config.source or "").startswith("benchmark:")
-    shop = (_read_benchmark if is_benchmark else _read_tables)(config, folder, lap, progress)
+    is_benchmark, seconds = (config.source or "").startswith("benchmark:"), {}
+    shop = (_read_benchmark if is_benchmark else _read_tables)(config, folder, seconds, progress)
     events, store, left_out = shop.split.interactions, SequenceStore.from_split(shop.split), []
     systems = _permitted_systems(config, shop, left_out)
-    systems, keywords = _read_keywords(config, systems, shop, store, left_out,
-                                       cache_dir=Path(folder) / "features", progress=progress)
-    lap("keywords")
+    with _timed(seconds, "keywords"):
+        systems, keywords = _read_keywords(config, systems, shop, store, left_out,
+                                           cache_dir=Path(folder) / "features", progress=progress)
     return RunData(shop.source, events, shop.split, store, shop.items, shop.catalogue,
                    interaction_statistics(events), systems, *keywords,
                    notes=[shop.notes[0], *left_out, *shop.notes[1:]], seconds=seconds)
@@ -430,20 +436,19 @@ def run_system(
     if (result := from_main(lambda: load_result(folder, mark))) is not None: return result
     checkpoint = lambda phase: folder.with_name(f"{folder.name}-{phase}.{mark}.safetensors")
     set_seed(derive_seed(seed, "weights"))
-    start = time.perf_counter()
-    model, *histories = _train(name, seed, data, config, checkpoint, progress)
-    passed = time.perf_counter() - start
-    seconds = sum(epoch["seconds"] for h in histories if h for epoch in h.epochs) or passed
+    seconds = {}
+    with _timed(seconds, "training"):
+        model, *histories = _train(name, seed, data, config, checkpoint, progress)
+    seconds["training"] = (sum(epoch["seconds"] for h in histories if h for epoch in h.epochs)
+                           or seconds["training"])  # without epochs: of counting
     rank = partial(evaluate, model, data.store, exclude_seen=config.exclude_seen, shared=True)
-    start = time.perf_counter()
-    evaluation = rank(progress=progress)
-    ranking_seconds = time.perf_counter() - start
+    with _timed(seconds, "ranking"): evaluation = rank(progress=progress)
     valid = rank(stage=VALID).metrics() if len(data.store.rows(VALID)) else {}
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     def keep():
         model.save_pretrained(folder)
-        save_result(Result(name, seed, evaluation, histories[0], valid, seconds, ranking_seconds,
-                           n_parameters, folder, histories[1]), mark)
+        save_result(Result(name, seed, evaluation, histories[0], valid, seconds["training"],
+                           seconds["ranking"], n_parameters, folder, histories[1]), mark)
         for phase in ("pretrain", "finetune"): checkpoint(phase).unlink(missing_ok=True)
         return load_result(folder, mark)
     return from_main(keep)

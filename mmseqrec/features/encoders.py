@@ -97,7 +97,9 @@ class Catalogue:
         "Reorder to another list of items, with or without `\"[PAD]\"`; see `_align_catalogue`."
         return _align_catalogue(self, item_tokens)
 
-    def save(self, folder: str | Path) -> Path: return save_catalogue(self, folder)
+    def save(self, folder: str | Path) -> Path:  # see `save_catalogue`
+        return save_catalogue(self, folder)
+
     @staticmethod
     def load(folder: str | Path, mmap: bool = True) -> "Catalogue":  # see `load_catalogue`
         return load_catalogue(folder, mmap)

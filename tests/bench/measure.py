@@ -1,4 +1,4 @@
-"What is measured: training in turns with a peer, a job in a process of its own, and what a user waits for at the start."
+"What is measured: training in turns with a peer, a job in a process of its own, and the start of the package."
 import inspect
 import subprocess
 import sys

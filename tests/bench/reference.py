@@ -1,7 +1,7 @@
 """The reference mode, which is *not* the released code: our model and loss with the released code's way of batching.
 
-Every prefix is a row, every row is padded to `max_len`, and adapters run on every position. A ratio to it says less than one
-to the released code: anomaly mode, say, is off.
+Every prefix is a row, every row is padded to `max_len`, and adapters run on every position. A ratio to it says less than
+one to the released code: anomaly mode, say, is off.
 """
 from dataclasses import replace
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from mmseqrec.blocks.augment import draw_item_drop, drop_items
 from mmseqrec.blocks.contrastive import sequence_item_loss, sequence_sequence_loss
-from mmseqrec.blocks.interests import interest_sets
+
 from mmseqrec.blocks.losses import full_softmax_cross_entropy, interest_diversity
 from mmseqrec.data.sequences import Batch
 from mmseqrec.models.baselines import SASRec
 from mmseqrec.models.missrec import MISSRec
-from mmseqrec.recommender import Recommender, take_positions
-
+from mmseqrec.blocks.towers import take_positions
+from mmseqrec.recommender import Recommender
 
 def _padded(batch, width):
     "Pad the histories of a batch to a width."
@@ -27,14 +27,14 @@ def _read_everywhere(model, batch):
     "Encode padded histories with adapters on every position: `[B, S, D]`, and MISSRec's context."
     ids = batch.item_seq.flatten()
     if not isinstance(model, MISSRec):
-        x = model.item_vectors(ids).unflatten(0, batch.item_seq.shape)
+        x = model.item_vectors(ids)[:, 0].unflatten(0, batch.item_seq.shape)
         h = take_positions(model.encoder(x, batch.item_pad_mask), batch)
         return (h if isinstance(model, SASRec) else F.normalize(h, dim=-1))[:, None], None
-    tokens = model.adapters(ids).unflatten(0, batch.item_seq.shape)
-    missing = model.adapters.missing_token_mask[batch.item_seq]
-    x, hidden, last = model.inputs(tokens, missing, batch.item_pad_mask)
-    interest_seq = interest_sets(model.interest_of_item, batch.item_seq)
-    y, context = model.trunk(x, hidden, F.embedding(interest_seq, model.interest_emb), interest_seq == 0)
+    tokens = model.items.adapters(ids).unflatten(0, batch.item_seq.shape)
+    missing = model.items.adapters.missing_token_mask[batch.item_seq]
+    x, hidden, last = model.reader.inputs(tokens, missing, batch.item_pad_mask)
+    interest_seq = model.items.interests.sets(batch.item_seq)
+    y, context = model.reader.trunk(x, hidden, model.items.interests(interest_seq), interest_seq == 0)
     h = F.normalize(y[torch.arange(len(batch), device=last.device), last], dim=-1)
     return h[:, None], interest_diversity(context, interest_seq == 0)
 

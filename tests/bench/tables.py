@@ -1,4 +1,4 @@
-"Read a result: tables and a verdict in words. A ratio is taken round by round; its median, least and greatest are told."
+"Read a result: tables and a verdict in words. Ratios are taken round by round; median, least and greatest are told."
 import statistics
 
 from mmseqrec.app.cli import text_table
@@ -83,7 +83,8 @@ def bench_tables(
             ["system", *sides], [[case["title"], *_speed_cells(case, "users_per_second")] for case in ranked]),
         "Growth of memory, MB; asked: a third of the peer's at most": (
             ["system", "training", "peer", "part", "ranking", "peer", "part"],
-            [[case["title"], *_memory_cells(case, "memory"), *_memory_cells(case, "evaluation_memory")] for case in cases]),
+            [[case["title"], *_memory_cells(case, "memory"), *_memory_cells(case, "evaluation_memory")]
+             for case in cases]),
         "What else takes time, and what grows": (
             ["case", "n", "seconds", "a second", "memory, MB", "above what is held, MB"], _curve_rows(record))}
     return {title: table for title, table in tables.items() if table[1]}

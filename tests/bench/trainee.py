@@ -63,7 +63,7 @@ def spread_batches(
 ) -> np.ndarray:  # `[n]` numbers of batches, in random order
     """Choose batches that stand for all: evenly spaced in the order of size.
 
-    A slow system cannot run an epoch in every round, and batches are bucketed by length; so a round is a systematic sample.
+    A slow system cannot run an epoch in every round, and batches are bucketed by length: a round is a systematic sample.
     """
     order, n = np.argsort(sizes, kind="stable"), min(n, len(sizes))
     golden = (start * .6180339887) % 1  # rounds spread evenly, too

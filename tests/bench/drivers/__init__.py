@@ -1,1 +1,1 @@
-"Programs of measured processes. A peer's driver runs as a script in the peer's Python, where this folder is its first path."
+"Programs of measured processes. A peer's driver is a script of the peer's Python, where this folder is the first path."

@@ -1,7 +1,7 @@
 """MISSRec's released code, with its own copy of RecBole.
 
-Its k-means needs CUDA kernels, so its own density-peak routine takes its place; its pre-training, which only runs on several
-GPUs, runs as one process of a group of one. Interests are found when a round starts, as ours are.
+Its k-means needs CUDA kernels, so its own density-peak routine takes its place; its pre-training, which only runs on
+several GPUs, runs as one process of a group of one. Interests are found when a round starts, as ours are.
 """
 import os
 import sys
