@@ -15,11 +15,12 @@ from jinja2 import UndefinedError
 from markupsafe import Markup, escape
 from PIL import Image
 
+from mmseqrec.config import RunConfig
 from mmseqrec.data.interactions import interaction_statistics, leave_one_out, make_interactions
 from mmseqrec.data.items import ItemTable
 from mmseqrec.data.sequences import TEST, SequenceStore
 from mmseqrec.evaluation import Evaluation, compare_evaluations
-from mmseqrec.experiments.run import Result, Run, RunConfig, RunData
+from mmseqrec.experiments.run import Result, Run, RunData
 from mmseqrec.features.encoders import catalogue_from_arrays
 from mmseqrec.features.keywords import STOP_WORDS, Keywords
 from mmseqrec.models.missrec import MISSRec
