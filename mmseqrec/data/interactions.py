@@ -53,8 +53,7 @@ class Interactions:
     def __post_init__(self):
         sizes = [len(values) for values in (self.user, self.item, self.time)]
         if len(set(sizes)) > 1: raise ValueError(f"user, item, time need one length, got {sizes}")
-        if self.item_tokens[:1] != ["[PAD]"]:
-            raise ValueError("item_tokens must start with '[PAD]'")
+        if self.item_tokens[:1] != ["[PAD]"]: raise ValueError("item_tokens must begin with [PAD]")
         user_step, time_step = np.diff(self.user), np.diff(self.time)
         if (user_step < 0).any() or (time_step[user_step == 0] < 0).any():
             raise ValueError("events must be sorted by user and time; use `make_interactions`")
@@ -89,12 +88,10 @@ def encode_tokens(
     values: pl.Series,  # `[E]` text or whole numbers, none missing
 ) -> tuple[np.ndarray, list[str]]:  # codes `[E]` int32 from 0, and the tokens they stand for
     "Number distinct values in sorted order: whole numbers by value, others alphabetically."
-    tokens = values.unique().sort()
-    if tokens.dtype == pl.String and tokens.str.contains(r"^(0|[1-9][0-9]{0,17})$").all():
-        tokens = tokens.cast(pl.Int64).sort().cast(pl.String)
-    numbers = pl.int_range(len(tokens), dtype=pl.Int32, eager=True)
-    codes = values.replace_strict(tokens, numbers, return_dtype=pl.Int32)
-    return codes.to_numpy(), tokens.cast(pl.String).to_list()
+    if values.dtype == pl.String and values.str.contains(r"^(0|[1-9][0-9]{0,17})$").all():
+        values = values.cast(pl.Int64)
+    codes = values.rank("dense").cast(pl.Int32) - 1
+    return codes.to_numpy(), values.unique().sort().cast(pl.String).to_list()
 
 # %% ../../nbs/11_data.interactions.ipynb #make-interactions
 def make_interactions(
@@ -105,11 +102,9 @@ def make_interactions(
 ) -> Interactions:  # sorted by user, time, row
     "Number users from 0 and items from 1, and sort the events; `ValueError` for an item `[PAD]`."
     (user, user_tokens), (item, item_tokens) = encode_tokens(users), encode_tokens(items)
-    if "[PAD]" in item_tokens:
-        raise ValueError(f"{source}: rename the item '[PAD]': that name stands for padding")
+    if "[PAD]" in item_tokens: raise ValueError(f"{source}: rename '[PAD]', it stands for padding")
     time = np.asarray(times)
-    by_user_and_time = pl.arg_sort_by("user", "time", maintain_order=True)
-    order = pl.DataFrame({"user": user, "time": time}).select(by_user_and_time)["user"].to_numpy()
+    order = np.lexsort((time, user))
     return Interactions(user[order], item[order] + np.int32(1), time[order], user_tokens,
                         ["[PAD]", *item_tokens], source)
 
@@ -132,18 +127,16 @@ def select_events(
                         list(compress(interactions.item_tokens, items)), interactions.source)
 
 # %% ../../nbs/11_data.interactions.ipynb #drop-duplicates
-def _pairs(interactions):
+def _pairs(events):
     "Write user and item of each event as one number, `[E]`."
-    user = interactions.user.astype(np.int64)
-    return pl.Series(user * (interactions.n_items + 1) + interactions.item)
+    return pl.Series(events.user.astype(np.int64) * (events.n_items + 1) + events.item)
 
 def drop_duplicates(
     interactions: Interactions,  # the events
     keep: str = "last",  # which event of a user-item pair stays: `"last"` or `"first"`
 ) -> Interactions:  # at most one event per user-item pair
     "Keep one event of each user-item pair; raise a `ValueError` for another `keep`."
-    if keep not in ("last", "first"):
-        raise ValueError(f"keep must be 'last' or 'first', got {keep!r}")
+    if keep not in ("last", "first"): raise ValueError(f"keep must be last or first, got {keep!r}")
     pairs = _pairs(interactions)
     chosen = pairs.is_last_distinct() if keep == "last" else pairs.is_first_distinct()
     return select_events(interactions, chosen.to_numpy())
@@ -162,8 +155,7 @@ def k_core(
         keep &= (np.bincount(user, keep) >= min_user)[user]
         keep &= (np.bincount(item, keep) >= min_item)[item]
         if keep.sum() == n_kept: return select_events(interactions, keep)
-    raise ValueError(f"no event is left of {interactions} with min_user={min_user} and "
-                     f"min_item={min_item}; lower one of them")
+    raise ValueError(f"no event is left of {interactions}: lower {min_user=} or {min_item=}")
 
 # %% ../../nbs/11_data.interactions.ipynb #interaction-statistics
 def interaction_statistics(
@@ -173,16 +165,14 @@ def interaction_statistics(
     n_users, n_items, n_events = interactions.n_users, interactions.n_items, interactions.n_events
     lengths, time = interactions.lengths, interactions.time
     tied = np.diff(time)[np.diff(interactions.user) == 0] == 0
-    return {
-        "n_users": n_users, "n_items": n_items, "n_events": n_events,
-        "density": n_events / (n_users * max(n_items, 1)),
-        "mean_length": float(lengths.mean()), "median_length": float(np.median(lengths)),
-        "min_length": int(lengths.min()), "max_length": int(lengths.max()),
-        "popularity_gini": gini(interactions.item_counts[1:]),
-        "repeat_rate": 1 - _pairs(interactions).n_unique() / n_events,
-        "tied_share": float(tied.mean()) if len(tied) else 0.,
-        "first_time": time.min().item(), "last_time": time.max().item(),
-    }
+    return {"n_users": n_users, "n_items": n_items, "n_events": n_events,
+            "density": n_events / (n_users * max(n_items, 1)),
+            "mean_length": float(lengths.mean()), "median_length": float(np.median(lengths)),
+            "min_length": int(lengths.min()), "max_length": int(lengths.max()),
+            "popularity_gini": gini(interactions.item_counts[1:]),
+            "repeat_rate": 1 - _pairs(interactions).n_unique() / n_events,
+            "tied_share": float(tied.mean()) if len(tied) else 0.,
+            "first_time": time.min().item(), "last_time": time.max().item()}
 
 # %% ../../nbs/11_data.interactions.ipynb #plot-history-lengths
 def plot_history_lengths(
@@ -224,6 +214,7 @@ def plot_long_tail(
 
 # %% ../../nbs/11_data.interactions.ipynb #split
 TRAIN, VALID, TEST = 0, 1, 2
+_STAGES = {TRAIN: ("training", "id"), VALID: ("validation", "image"), TEST: ("test", "accent")}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Split:
@@ -273,14 +264,12 @@ def global_time_split(
 ) -> Split:
     "Train before `valid_from`, validate before `test_from`; `ValueError` for an empty stage."
     valid_from, test_from = _as_time(valid_from, interactions), _as_time(test_from, interactions)
-    if not valid_from < test_from:
-        raise ValueError(f"valid_from={valid_from} must be before test_from={test_from}")
-    time = interactions.time
-    stage = ((time >= valid_from).astype(np.int8) + (time >= test_from)).astype(np.int8)
-    for number, name in enumerate(("training", "validation", "test")):
-        if not (stage == number).any():
-            raise ValueError(f"no {name} event, valid_from={valid_from} and test_from={test_from}; "
-                             f"the times run from {time.min()} to {time.max()}")
+    cuts, time = f"valid_from={valid_from}, test_from={test_from}", interactions.time
+    if not valid_from < test_from: raise ValueError(f"{cuts}: the first must be before the second")
+    stage = np.digitize(time, [valid_from, test_from]).astype(np.int8)
+    for number, (name, _) in _STAGES.items():
+        if number in stage: continue
+        raise ValueError(f"{cuts}: no {name} event; times run from {time.min()} to {time.max()}")
     return Split(interactions, stage)
 
 # %% ../../nbs/11_data.interactions.ipynb #as-time
@@ -289,13 +278,10 @@ def _as_time(value, interactions):
     if isinstance(value, (int, float, np.number)): return value
     number, last = parse_times(pl.Series([value]))[0], interactions.time.max()
     if number is None: raise ValueError(f"{value!r} is neither a number nor an ISO date")
-    if last > 1e11: raise ValueError(f"the times go up to {last}, so they are not seconds: "
-                                     f"give {value!r} as a number in their unit")
-    return number
+    if last < 1e11: return number
+    raise ValueError(f"times up to {last} are not seconds: give {value!r} in their unit")
 
 # %% ../../nbs/11_data.interactions.ipynb #plot-split-timeline
-_STAGES = {TRAIN: ("training", "id"), VALID: ("validation", "image"), TEST: ("test", "accent")}
-
 def plot_split_timeline(
     split: Split,  # the events and their stages
     n_users: int = 30,  # users drawn, chosen at random
@@ -349,16 +335,16 @@ def plot_future_leakage(
     return ax
 
 # %% ../../nbs/11_data.interactions.ipynb #choose-cold
-def _choose_cold(interactions, share, seed, items):
+def _choose_cold(events, share, seed, items):
     "Choose the items to make cold: those named by their tokens, or a random share."
     if items is None:
         if not 0 < share < 1: raise ValueError(f"share must lie between 0 and 1, got {share}")
-        rng, V = np.random.default_rng(derive_seed(seed, "hold_out_items")), interactions.n_items
+        rng, V = np.random.default_rng(derive_seed(seed, "hold_out_items")), events.n_items
         return 1 + rng.choice(V, max(1, round(share * V)), replace=False)
-    codes = {token: code for code, token in enumerate(interactions.item_tokens) if code}
-    try: return np.array([codes[token] for token in items])
-    except KeyError as token:
-        raise ValueError(f"{interactions.source}: no item {token} to make cold") from None
+    codes = {token: code for code, token in enumerate(events.item_tokens) if code}
+    for token in items:
+        if token not in codes: raise ValueError(f"{events.source}: no item {token!r} to make cold")
+    return np.array([codes[token] for token in items])
 
 # %% ../../nbs/11_data.interactions.ipynb #hold-out-items
 def hold_out_items(
@@ -447,17 +433,16 @@ class Table:
     name: str  # what error messages call the source
     locate: Callable[[int], str]  # row, counted from 0 -> `"ratings.csv, line 7"`
 
+    def __post_init__(self):
+        if self.frame.height: return
+        raise ValueError(f"{self.name}: a header but no rows; check how it was written")
+
 # %% ../../nbs/11_data.interactions.ipynb #from-pandas
-def _from_pandas(frame):
-    "Convert a pandas frame column by column; missing values of any kind become null."
-    columns = []
-    for name, column in frame.items():
-        if getattr(column.dtype, "tz", None): column = column.dt.tz_convert(None)
-        plain = isinstance(column.dtype, np.dtype) and column.dtype.kind in "iufbM"
-        if not plain: column = column.astype(object).where(column.notna(), None)
-        values = column.to_numpy() if plain else column.tolist()
-        columns.append(pl.Series(str(name), values, strict=False))
-    return pl.DataFrame(columns)
+def _from_pandas(column):
+    "Convert a column of a pandas frame; missing values of any kind become null."
+    if getattr(column.dtype, "tz", None): column = column.dt.tz_convert(None)
+    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iufbM": return column.to_numpy()
+    return column.astype(object).where(column.notna(), None).tolist()
 
 # %% ../../nbs/11_data.interactions.ipynb #columns
 def _check_columns(names, wanted, name):
@@ -467,11 +452,9 @@ def _check_columns(names, wanted, name):
     for keyword, column in (wanted or {}).items():
         if column in names: continue
         there, remedy = ", ".join(map(repr, names)), f"Choose with {keyword}='...'"
-        if keyword == "time_column":
-            remedy += ", or pass time_column=None to take the order of the rows"
+        if keyword == "time_column": remedy += ", or time_column=None for the order of the rows"
         if len(names) == 1 and (found := re.search("[\t;|]|::", names[0])):
-            remedy += (f". The header seems to be separated by {found[0]!r}: "
-                       "write it as .csv (commas) or .tsv (tabs)")
+            remedy += f". It seems to be separated by {found[0]!r}: write .csv (commas) or .tsv"
         raise ValueError(f"{name}: no column {column!r}; there are {there}. {remedy}")
 
 # %% ../../nbs/11_data.interactions.ipynb #read-frame
@@ -479,13 +462,15 @@ def _read_frame(source, wanted):
     "Wrap a polars or pandas frame in a `Table`."
     names = list(map(str, source.columns))
     _check_columns(names, wanted, "DataFrame")
-    frame = source if isinstance(source, pl.DataFrame) else _from_pandas(source)
-    if frame.height == 0: raise ValueError("DataFrame: no rows; check how it was made")
-    return Table(frame.select(list((wanted or {}).values()) or names), "DataFrame",
-                 lambda row: f"DataFrame, row {row} (counted from 0)")
+    if not isinstance(source, pl.DataFrame):
+        columns = {str(name): _from_pandas(column) for name, column in source.items()}
+        source = pl.DataFrame(columns, strict=False)
+    frame = source.select(list((wanted or {}).values()) or names)
+    return Table(frame, "DataFrame", lambda row: f"DataFrame, row {row} (counted from 0)")
 
 # %% ../../nbs/11_data.interactions.ipynb #sniff
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_KINDS = ", ".join(_SUFFIXES) + ", each also with .gz"
 _TABLE, _TEXT, _JSON, _PARQUET = _SUFFIXES[:2], _SUFFIXES[:3], _SUFFIXES[2:3], _SUFFIXES[3:]
 _BUT = ": the file is not {kind} but "
 _NOT_LINES = ", line 1: not JSON lines; write one {{...}} object a line"
@@ -529,13 +514,11 @@ def _text_lines(content):
 
 def _unpack(path):
     "Decompress a file into memory; raise a `ValueError` if it is not compressed, or damaged."
-    packed = path.read_bytes()
-    if packed[:2] != b"\x1f\x8b":
-        raise ValueError(f"{path.name}: not compressed with gzip; remove .gz from its name")
+    packed, name = path.read_bytes(), path.name
+    if packed[:2] != b"\x1f\x8b": raise ValueError(f"{name}: not compressed with gzip; remove .gz")
     try: return gzip.decompress(packed)
     except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path.name}: the compressed file is damaged ({error}); "
-                         "fetch it again") from None
+        raise ValueError(f"{name}: the compressed file is damaged ({error}); fetch again") from None
 
 # %% ../../nbs/11_data.interactions.ipynb #open-source
 def _open_source(source):
@@ -545,8 +528,7 @@ def _open_source(source):
     if path.is_dir(): raise ValueError(f"{path} is a folder; name a file in it")
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in _SUFFIXES:
-        raise ValueError(f"{path.name}: unknown kind of file {suffix!r}; "
-                         f"use one of {', '.join(_SUFFIXES)}, each also with .gz")
+        raise ValueError(f"{path.name}: unknown kind of file {suffix!r}; use one of {_KINDS}")
     content = _unpack(path) if path.name.lower().endswith(".gz") else path
     with _binary(content) as file: _check_content(file.read(4096), suffix, path.name)
     return path.name, suffix, content
@@ -583,9 +565,9 @@ def _explain_bad_text(content, separator, name, error):
         if line: raise ValueError(f"{name}, line {line}: not UTF-8 text; {remedy}") from None
     for line, fields in _records(content, separator, name, strict=True):
         width = width or len(fields)
-        if len(fields) > width:
-            raise ValueError(f"{name}, line {line}: {len(fields)} fields, but the header has "
-                             f"{width}; put fields with the separator in double quotes") from None
+        if len(fields) <= width: continue
+        problem = f"{len(fields)} fields, but the header has {width}; quote any with {separator!r}"
+        raise ValueError(f"{name}, line {line}: {problem}") from None
     line = _first_line(content, lambda line: line.count(b'"') % 2)
     if line: raise ValueError(f"{name}, line {line}: a stray double quote; {remedy}") from None
     raise ValueError(f"{name}: cannot be read ({str(error).splitlines()[0]}); {remedy}") from None
@@ -601,8 +583,6 @@ def _read_delimited(content, separator, wanted, name):
             if separator == "," or quote is None: _explain_bad_text(content, separator, name, error)
         else: break
     filled = frame.select(pl.any_horizontal(pl.all().is_not_null())).to_series()
-    if not filled.any():
-        raise ValueError(f"{name}: a header but no rows; check how the file was written")
     def locate(row):
         row = int(filled.arg_true()[row])
         return f"{name}, line {_line_of_row(content, row, separator, quotes=quote is not None)}"
@@ -626,8 +606,7 @@ def _json_rows(content, name):
 # %% ../../nbs/11_data.interactions.ipynb #json-column
 def _as_text(value):
     "Write a JSON value as text; text and null stay as they are."
-    is_text = value is None or isinstance(value, str)
-    return value if is_text else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
 
 def _json_column(key, values, lists):
     "Make a column of text, or of lists of text where `lists` allows it and a value is one."
@@ -668,7 +647,6 @@ def _read_parquet(content, wanted, name):
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         problem = str(error).splitlines()[0]
         raise ValueError(f"{name}: damaged Parquet ({problem}); fetch or write it again") from None
-    if frame.height == 0: raise ValueError(f"{name}: no rows; check how the file was written")
     return Table(frame, name, lambda row: f"{name}, row {row + 1}")
 
 # %% ../../nbs/11_data.interactions.ipynb #read-table
@@ -698,8 +676,7 @@ def _refuse_rows(table, column, bad, kind, problem):
 def _clean_ids(table, column):
     "Return ids as text or whole numbers; raise a `ValueError` where one is missing or neither."
     values, needed = table.frame[column], "ids must be text or whole numbers"
-    if values.dtype.is_nested():
-        raise ValueError(f"{table.name}: column {column!r} holds lists; {needed}")
+    if values.dtype.is_nested(): raise ValueError(f"{table.name}: {column!r} holds lists; {needed}")
     if values.dtype.is_float():
         odd = (values.is_finite() & (values % 1 != 0)).fill_null(False)
         _refuse_rows(table, column, odd, "id", "{}, but " + needed)
@@ -732,13 +709,11 @@ def parse_times(
     values: pl.Series,  # `[E]` whole or decimal numbers, dates, or text that holds either
 ) -> pl.Series:  # `[E]` Int64 where all are whole, else Float64; null where a value cannot be read
     "Read times as numbers; ISO 8601 dates become seconds since 1970 (UTC unless they name a zone)."
-    if values.dtype in (pl.Date, pl.Datetime):
-        numbers = values.cast(pl.Datetime("us")).dt.epoch("us") / 1_000_000
+    if values.dtype in (pl.Date, pl.Datetime): numbers = values.dt.epoch("us") / 1_000_000
     elif values.dtype.is_numeric(): numbers = values
     else: numbers = _parse_text(values.cast(pl.String).str.strip_chars())
     if numbers.dtype.is_integer(): return numbers.cast(pl.Int64)
-    numbers = numbers.cast(pl.Float64)
-    numbers = numbers.set(~numbers.is_finite(), None)
+    numbers = numbers.cast(pl.Float64).replace([np.nan, np.inf, -np.inf], None)
     whole = ((numbers % 1 == 0) & (numbers.abs() < 2**53)).all()
     return numbers.cast(pl.Int64) if whole else numbers
 
@@ -749,8 +724,7 @@ def _clean_times(table, column):
     if values.dtype.is_nested() or values.dtype == pl.Boolean:
         raise ValueError(f"{table.name}: column {column!r} holds {values.dtype}, not times")
     times = parse_times(values)
-    problem = "{!r}, neither a number nor an ISO date"
-    _refuse_rows(table, column, times.is_null(), "time", problem)
+    _refuse_rows(table, column, times.is_null(), "time", "{!r}, neither a number nor an ISO date")
     return times.to_numpy()
 
 # %% ../../nbs/11_data.interactions.ipynb #read-interactions

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import matplotlib.pyplot as plt
@@ -29,6 +30,9 @@ from .interactions import (Interactions, _check_columns, _clean_ids, read_table,
 from ..figures import COLORS, _axes
 
 # %% ../../nbs/12_data.items.ipynb #item-table
+_SUMMARY = ("ItemTable({n_items:,} items: {both:,} with text and images, "
+            "{text_only:,} text only, {image_only:,} images only, {neither:,} neither)")
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ItemTable:
     "Hold the sentences and images of items; raise a `ValueError` if the lists differ in length."
@@ -41,15 +45,12 @@ class ItemTable:
 
     def __post_init__(self):
         sizes = [len(values) for values in (self.item_tokens, self.texts, self.images)]
-        if len(set(sizes)) > 1:
-            raise ValueError(f"item_tokens, texts and images must have one length, got {sizes}")
+        if len(set(sizes)) > 1: raise ValueError(f"ids, texts, images need one length, got {sizes}")
 
     def __len__(self): return len(self.item_tokens)
 
     def __repr__(self):
-        text = ("ItemTable({n_items:,} items: {both:,} with text and images, "
-                "{text_only:,} text only, {image_only:,} images only, {neither:,} neither)")
-        return text.format(**self.summary())
+        return _SUMMARY.format(**self.summary())
 
     @property
     def missing_text_mask(self) -> np.ndarray:
@@ -106,18 +107,14 @@ def split_sentences(
     "Split text at full stops, question marks, blank lines and bullets, not at abbreviations."
     sentences = []
     for block in _BLOCKS.split(text):
-        start = 0
-        for stop in _STOPS.finditer(block):
-            if _goes_on(block, start, stop): continue
-            sentences.append(block[start:stop.end()])
-            start = stop.end()
-        sentences.append(block[start:])
+        ends = [stop.end() for stop in _STOPS.finditer(block) if not _goes_on(block, stop)]
+        sentences += [block[start:end] for start, end in pairwise([0, *ends, len(block)])]
     return [" ".join(sentence.split()) for sentence in sentences if re.search(r"\w", sentence)]
 
 # %% ../../nbs/12_data.items.ipynb #goes-on
-def _goes_on(block, start, stop):
+def _goes_on(block, stop):
     "Tell whether a sentence goes on after `stop`: a dot of an abbreviation, a letter or a unit."
-    words = block[max(start, stop.start() - 20):stop.start()].split()
+    words = block[max(0, stop.start() - 20):stop.start()].split()
     word = words[-1].lower().strip("(\"'[") if words else ""
     single = re.fullmatch(r"(?:[^\W\d_]\.)*[^\W\d_]", word)
     number_follows = word in _UNITS and block[stop.end()].isdigit()
@@ -137,10 +134,9 @@ def safe_image_path(
     place: str = "image name",  # where the name stands, for the message
 ) -> Path:  # a path inside `folder`
     "Join folder and name; raise a `ValueError` if the name leads out of the folder."
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
-        raise ValueError(f"{place}: {name!r} is a web address; download it, give a file name")
+    if "://" in name: raise ValueError(f"{place}: {name!r} is a web address; download the file")
     for pure in (PurePosixPath(name), PureWindowsPath(name)):
-        if pure.is_absolute() or pure.drive or pure.root or ".." in pure.parts or "\0" in name:
+        if pure.anchor or ".." in pure.parts or "\0" in name:
             raise ValueError(f"{place}: {name!r} leads out of the image folder; name a file below")
     return folder / name
 
@@ -181,9 +177,8 @@ def _choose_columns(table, id_column, text_columns, image_column):
     if text_columns is not None: return list(text_columns)
     chosen = [name for name in TEXT_COLUMNS if name in names and name not in wanted.values()]
     if not chosen and not image_column:
-        there, usual = ", ".join(map(repr, names)), ", ".join(TEXT_COLUMNS)
-        raise ValueError(f"{table.name}: no column with a usual name for text ({usual}); there are "
-                         f"{there}. Choose with text_columns=[...], or [] for none")
+        problem = f"no column with a usual name for text ({', '.join(TEXT_COLUMNS)}) in {names}"
+        raise ValueError(f"{table.name}: {problem}; choose text_columns=[...], or [] for none")
     return chosen
 
 # %% ../../nbs/12_data.items.ipynb #item-ids
@@ -191,12 +186,10 @@ def _item_ids(table, id_column):
     "Return the ids as text; raise a `ValueError` with lines if one is missing or occurs twice."
     tokens, first = _clean_ids(table, id_column).cast(pl.String).to_list(), {}
     for row, token in enumerate(tokens):
-        if token == "[PAD]":
-            raise ValueError(f"{table.locate(row)}: an item may not be called '[PAD]', which is "
-                             "padding; rename it")
-        if first.setdefault(token, row) != row:
-            raise ValueError(f"{table.locate(first[token])} and {table.locate(row)} both describe "
-                             f"item {token!r}; keep one row an item")
+        place, before = table.locate, first.setdefault(token, row)
+        if token == "[PAD]": raise ValueError(f"{place(row)}: an item may not be called [PAD]")
+        if before == row: continue
+        raise ValueError(f"{place(before)} and {place(row)} both describe item {token!r}; keep one")
     return tokens
 
 # %% ../../nbs/12_data.items.ipynb #item-images
@@ -210,10 +203,9 @@ def _item_images(table, tokens, image_folder, image_column):
     if image_column is None: return _found_images(tokens, folder)
     images = _named_images(table.frame[image_column].to_list(), folder, table.locate)
     files = [path for row in images for path in row]
-    if files and not any(path.exists() for path in files):
-        raise ValueError(f"{table.name}: {folder} holds none of the {len(files)} pictures named in "
-                         f"{image_column!r}, such as {files[0].name!r}; name the right folder")
-    return images
+    if not files or any(path.exists() for path in files): return images
+    names = f"{len(files)} pictures named in {image_column!r}, such as {files[0].name!r}"
+    raise ValueError(f"{table.name}: {folder} holds none of the {names}; name the right folder")
 
 # %% ../../nbs/12_data.items.ipynb #read-items
 def read_items(
@@ -259,6 +251,7 @@ def _to_rgb(image):
 
 # %% ../../nbs/12_data.items.ipynb #image-problem
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 def image_problem(
     path: Path,  # an image file
@@ -277,8 +270,7 @@ def image_problem(
             if image.width * image.height > max_pixels: return f"too large: {size}"
             if decode or not _ends_whole(path, image): open_image(path)
     except UnidentifiedImageError: return "not a picture (JPEG, PNG, WebP, GIF or BMP)"
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return "too large: a decompression bomb"
+    except _BOMBS: return "too large: a decompression bomb"
     except Exception as error: return f"damaged: {error or type(error).__name__}"
 
 def _ends_whole(path, image):
@@ -332,13 +324,12 @@ def align_items(
     if list(item_tokens[:1]) != ["[PAD]"]: raise ValueError("item_tokens must start with '[PAD]'")
     rows = {token: row for row, token in enumerate(table.item_tokens) if token != "[PAD]"}
     unknown = [token for token in item_tokens[1:] if token not in rows]
-    n_known = len(item_tokens) - 1 - len(unknown)
-    if unknown and not n_known:
-        raise ValueError(f"{table.source}: describes none of the {len(unknown)} items, such as "
-                         f"{unknown[0]!r}; it has {table.item_tokens[:3]}: choose another column")
+    if 0 < len(unknown) == len(item_tokens) - 1:
+        problem = f"describes none of the {len(unknown)} items, such as {unknown[0]!r}"
+        raise ValueError(f"{table.source}: {problem}, but {table.item_tokens[:3]}; check the ids")
     pick = lambda values: [list(values[rows[t]]) if t in rows else [] for t in item_tokens]
-    return replace(table, item_tokens=list(item_tokens), texts=pick(table.texts),
-                   images=pick(table.images), unknown=unknown, n_unused=len(rows) - n_known)
+    return ItemTable(list(item_tokens), pick(table.texts), pick(table.images), table.source,
+                     unknown, n_unused=len(set(rows) - set(item_tokens)))
 
 # %% ../../nbs/12_data.items.ipynb #require-modality
 def require_modality(
@@ -350,25 +341,24 @@ def require_modality(
     table = items.align(interactions.item_tokens)
     text, image = ~table.missing_text_mask, ~table.missing_image_mask
     choices = {"any": text | image, "text": text, "image": image, "both": text & image}
-    if require not in choices:
-        raise ValueError(f"require must be one of {', '.join(choices)}, got {require!r}")
+    if require not in choices: raise ValueError(f"require must be one of {', '.join(choices)}")
     return select_events(interactions, choices[require][interactions.item])
 
 # %% ../../nbs/12_data.items.ipynb #plot-missing-modalities
+_KINDS = {"both": ("text and images", "both"), "text_only": ("text only", "text"),
+          "image_only": ("images only", "image"), "neither": ("neither", "neutral")}
+
 def plot_missing_modalities(
     table: ItemTable,  # the items
     title: str = "What is known about the items?",
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw how many items have text and images, one of them, or neither."
-    summary = table.summary()
-    counts = [summary[kind] for kind in ("both", "text_only", "image_only", "neither")]
-    names = ["text and images", "text only", "images only", "neither"]
-    ax = _axes(ax, title, "items", "", figsize=(6.4, 2))
-    colors = [COLORS[name] for name in ("both", "text", "image", "neutral")]
-    bars = ax.barh(names, counts, height=.66, color=colors)
-    shares = [f"{count:,} ({count / max(summary['n_items'], 1):.0%})" for count in counts]
-    ax.bar_label(bars, shares, padding=4, fontsize=8.5)
+    summary, ax = table.summary(), _axes(ax, title, "items", "", figsize=(6.4, 2))
+    for kind, (name, color) in _KINDS.items():
+        bar = ax.barh(name, summary[kind], height=.66, color=COLORS[color])
+        label = f"{summary[kind]:,} ({summary[kind] / max(summary['n_items'], 1):.0%})"
+        ax.bar_label(bar, [label], padding=4, fontsize=8.5)
     ax.invert_yaxis()
     ax.margins(x=.16)
     ax.grid(axis="y", visible=False)
@@ -380,10 +370,9 @@ def plot_modality_counts(
 ) -> plt.Figure:
     "Draw how many items have how many sentences and images, two panels."
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.6))
-    real = [row for row, token in enumerate(table.item_tokens) if token != "[PAD]"]
     panels = (("sentences", "text", table.texts), ("images", "image", table.images))
     for ax, (name, color, lists) in zip(axes, panels):
-        sizes = np.array([len(lists[row]) for row in real], int)
+        sizes = np.array([len(x) for x, t in zip(lists, table.item_tokens) if t != "[PAD]"], int)
         top = max(1, int(np.quantile(sizes, .99))) if len(sizes) else 1
         counts = np.bincount(np.minimum(sizes, top + 1), minlength=top + 1)
         labels = [*map(str, range(top + 1)), f">{top}"][:len(counts)]

@@ -26,22 +26,18 @@ from .interactions import TEST, TRAIN, VALID
 from ..figures import COLORS, _axes, plot_bars
 
 # %% ../../nbs/14_data.sequences.ipynb #check-store
-def _check_store(items, offsets, stage, n_items):
+def _check_store(item, offsets, stage, V):
     "Raise a `ValueError` in one sentence if the arrays do not describe users' events."
-    E = len(items)
+    E, ends = len(item), offsets[[0, -1]]
     if len(stage) != E: raise ValueError(f"stage has {len(stage)} entries for {E} events")
-    if offsets[0] != 0 or offsets[-1] != E or (np.diff(offsets) < 0).any():
-        raise ValueError(f"offsets must rise from 0 to the number of events {E}, "
-                         f"got {offsets[0]} to {offsets[-1]}")
-    if E and not 1 <= items.min() <= items.max() <= n_items:
-        raise ValueError(f"items must lie in 1..{n_items} (0 is padding), "
-                         f"got {items.min()}..{items.max()}")
-    falls = np.flatnonzero(np.diff(stage) < 0) + 1
-    falls = falls[~np.isin(falls, offsets)]  # from one user to the next a stage may fall
-    if len(falls):
-        user = np.searchsorted(offsets, falls[0], side="right") - 1
-        raise ValueError(f"event {falls[0]} of user {user} has an earlier stage than the event "
-                         "before it; split by time, so that no history contains the future")
+    if (ends != [0, E]).any() or (np.diff(offsets) < 0).any():
+        raise ValueError(f"offsets must rise from 0 to the number of events {E}, got {ends}")
+    if E and not 1 <= item.min() <= item.max() <= V:
+        raise ValueError(f"items must lie in 1..{V} (0 is padding), got {item.min()}..{item.max()}")
+    falls = np.setdiff1d(np.flatnonzero(np.diff(stage) < 0) + 1, offsets)  # within a user
+    if not len(falls): return
+    event = f"event {falls[0]} of user {np.searchsorted(offsets, falls[0], side='right') - 1}"
+    raise ValueError(f"{event} has an earlier stage than the event before it; split by time")
 
 # %% ../../nbs/14_data.sequences.ipynb #sequence-store
 @dataclass(frozen=True, eq=False)
@@ -153,8 +149,7 @@ def collate(
     "Pad lists of item numbers into a batch. Raises `ValueError` for an empty history."
     rows = [history[-max_len:] for history in histories]
     lengths = np.array([len(row) for row in rows], np.int64)
-    if not lengths.all(): raise ValueError(f"history {lengths.argmin()} is empty; leave it out or "
-                                           "recommend popular items for it")
+    if not lengths.all(): raise ValueError(f"history {lengths.argmin()} is empty; leave it out")
     item_seq = np.zeros((len(rows), lengths.max(initial=0)), np.int64)
     for padded, row in zip(item_seq, rows): padded[:len(row)] = row
     return Batch(torch.from_numpy(item_seq), torch.from_numpy(lengths))
@@ -168,8 +163,7 @@ def expand_prefixes(
     if positions is None: return batch
     row, lengths = positions // batch.item_seq.shape[1], positions % batch.item_seq.shape[1] + 1
     if (lengths > batch.item_seq_len[row]).any():
-        raise ValueError("a position to cut after lies in the padding; "
-                         "ask where a history has an item")
+        raise ValueError("a position lies in the padding; ask where a history has an item")
     column = torch.arange(int(lengths.max()) if len(lengths) else 0, device=lengths.device)
     item_seq = batch.item_seq[row, :len(column)].masked_fill(column >= lengths[:, None], 0)
     one_each = batch.pos_item is not None and len(batch.pos_item) == len(positions)
@@ -330,6 +324,9 @@ def position_batches(
     return Batches(groups, partial(_batch_of_windows, store, windows))
 
 # %% ../../nbs/14_data.sequences.ipynb #plot-batch
+_CELLS = {"padding": "#eceff3", "item": COLORS["neutral"],
+          "item, target asked after it": COLORS["accent"]}
+
 def plot_batch(
     batch: Batch,
     title: str = "",
@@ -339,15 +336,13 @@ def plot_batch(
     ax = _axes(ax, title, "position", "row", figsize=(5, 3))
     kind = (~batch.item_pad_mask).int().cpu()
     kind.view(-1)[batch.query_index().cpu()] = 2
-    palette = ListedColormap(["#eceff3", COLORS["neutral"], COLORS["accent"]])
     rows, columns = map(np.arange, kind.shape)
-    ax.pcolormesh(columns, rows, kind.numpy(), shading="nearest", cmap=palette, vmin=0, vmax=2,
-                  edgecolors="white", linewidth=0.6)
+    look = {"cmap": ListedColormap(list(_CELLS.values())), "edgecolors": "white", "linewidth": .6}
+    ax.pcolormesh(columns, rows, kind.numpy(), shading="nearest", vmin=0, vmax=2, **look)
     ax.invert_yaxis()
     for axis in (ax.xaxis, ax.yaxis): axis.get_major_locator().set_params(integer=True)
     ax.grid(False)
-    names = ("padding", "item", "item, target asked after it")
-    handles = [Patch(color=color, label=name) for color, name in zip(palette.colors, names)]
+    handles = [Patch(color=color, label=name) for name, color in _CELLS.items()]
     ax.legend(handles=handles, loc="upper right", fontsize=8, frameon=True, framealpha=1)
     return ax
 
@@ -388,8 +383,7 @@ def length_chunks(
     piece_cost: int | None = None,  # cells that a further piece costs; 64 on a CPU, else 2**14
 ) -> list[tuple[Tensor, Batch]]:  # `[N]` row numbers of the piece in `batch`, and the piece
     "Cut a batch into pieces of like length. Raises `ValueError` for a batch of windows."
-    if batch.positions is not None:
-        raise ValueError("length_chunks needs one query per row; a batch of windows has more")
+    if batch.positions is not None: raise ValueError("give one query per row, not windows")
     if piece_cost is None: piece_cost = 64 if batch.item_seq.device.type == "cpu" else 2**14
     lengths, order = batch.item_seq_len.sort(stable=True)
     pieces = []
