@@ -11,7 +11,6 @@ __all__ = ['SOURCES', 'RawTables', 'Source', 'source_files', 'read_amazon', 'rea
 # %% ../../nbs/13_data.sources.ipynb #imports
 import ast
 import contextlib
-import datetime
 import difflib
 import gzip
 import hashlib
@@ -27,8 +26,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import takewhile
-from pathlib import Path, PurePosixPath
+from functools import partial
+from itertools import product, takewhile
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -117,19 +117,24 @@ def _existing(path):
 # %% ../../nbs/13_data.sources.ipynb #event-table
 _EVENT_COLUMNS = ("user_id", "item_id", "rating", "timestamp")
 
-def _event_table(table, source):
+def _filled(table, columns):
+    "Strip the text of some columns; refuse a row that has none in one of them."
+    table = replace(table, frame=table.frame.with_columns(pl.col(columns).str.strip_chars()))
+    for column in columns:
+        empty = table.frame[column].fill_null("") == ""
+        _refuse(table, empty, f"{column} is empty; correct the row or fetch the file again")
+    return table
+
+def _event_table(table):
     "Check text columns with the names of `_EVENT_COLUMNS`; return the events and notes."
-    frame, notes = table.frame.with_columns(pl.all().str.strip_chars()), []
-    for column in ("user_id", "item_id"):
-        _refuse(table, frame[column].fill_null("") == "",
-                f"{column} is empty ({source}); the file is damaged, fetch it again")
-    rating = pl.lit(None, pl.Float64)
+    table, notes = _filled(table, ["user_id", "item_id"]), []
+    frame, rating = table.frame, pl.lit(None, pl.Float64)
     if "rating" in frame.columns:
-        rating = frame["rating"].cast(pl.Float64, strict=False).fill_nan(None)
+        rating = frame["rating"].str.strip_chars().cast(pl.Float64, strict=False).fill_nan(None)
         if n := rating.null_count(): notes.append(f"events without a rating, which stay: {n:,}")
     if "timestamp" in frame.columns:
         times = parse_times(frame["timestamp"])
-        problem = f"the time {{}} is no number and no ISO date ({source}); correct the row"
+        problem = "the time {} is no number and no ISO date; correct the row"
         _refuse(table, times.is_null(), problem, "timestamp")
     else:
         times = pl.int_range(frame.height, eager=True)
@@ -229,9 +234,9 @@ def _find_source(name):
     key, _, category = name.partition(":")
     _choose("no source", key, SOURCES, "There are")
     title, categories = SOURCES[key].title, SOURCES[key].categories
-    if category and not categories: raise ValueError(f"{title} has no categories: write {key!r}")
-    remedy = f"Write {key}:<category> with one of"
-    if categories: _choose(f"{title} has no category", category, categories, remedy)
+    problem, remedy = f"{title} has no category", f"Write {key}:<category> with one of"
+    if categories: _choose(problem, category, categories, remedy)
+    elif category: raise ValueError(f"{title} has no categories: write {key!r}")
     return SOURCES[key], category or None
 
 # %% ../../nbs/13_data.sources.ipynb #source-files
@@ -246,25 +251,23 @@ def source_files(
 # %% ../../nbs/13_data.sources.ipynb #plain-table
 def _plain_table(content, name, separator, header):
     "Read bytes or a path as a `Table` of text columns in which quotes mean nothing."
-    try: frame = pl.read_csv(content, separator=separator, has_header=header, infer_schema=False,
-                             quote_char=None, glob=False)
+    options = dict(infer_schema=False, quote_char=None, glob=False)
+    try: frame = pl.read_csv(content, separator=separator, has_header=header, **options)
     except pl.exceptions.PolarsError as error: _explain_bad_text(content, separator, name, error)
     filled = frame.select(pl.any_horizontal(pl.all().is_not_null())).to_series()
     if not filled.any(): raise ValueError(f"{name}: no rows; fetch the file again")
     row_of = lambda row: int(filled.arg_true()[row]) - (not header)
     line = lambda row: _line_of_row(content, row_of(row), separator, False)
-    frame = frame if filled.all() else frame.filter(filled)
-    return Table(frame, name, lambda row: f"{name}, line {line(row)}")
+    return Table(frame.filter(filled), name, lambda row: f"{name}, line {line(row)}")
 
 # %% ../../nbs/13_data.sources.ipynb #named-columns
 def _named_columns(content, name, columns, source):
-    "Read some columns of a CSV file with a header as a `Table` of text; their name -> ours."
+    "Read some columns of a CSV file with a header as a `Table` of text; our name -> theirs."
     table = _read_delimited(content, ",", None, name)
-    missing, there = [old for old in columns if old not in table.frame], table.frame.columns
-    if missing: raise ValueError(f"{name}, line 1: no column {missing[0]!r}; there are "
-                                 f"{', '.join(map(repr, there))}. Is this {source}?")
-    frame = table.frame.select(pl.col(old).alias(new) for old, new in columns.items())
-    return replace(table, frame=frame)
+    there, where = table.frame.columns, f"{name}, line 1"
+    lost = [column for column in columns.values() if column not in there]
+    if lost: raise ValueError(f"{where}: no column {lost[0]!r} in {there}; is this {source}?")
+    return replace(table, frame=table.frame.select(**columns))
 
 # %% ../../nbs/13_data.sources.ipynb #read-ratings
 _ORDERS = {"2014": ("user_id", "item_id", "rating", "timestamp"),
@@ -274,51 +277,44 @@ _ORDERS = {"2014": ("user_id", "item_id", "rating", "timestamp"),
 def _read_ratings(path, release):
     "Read a ratings file as a `Table` with the columns of `_EVENT_COLUMNS`, as text."
     name, _, content = _open_source(path)
-    with (gzip.open if isinstance(content, bytes) else open)(path, "rb") as file:
-        first = file.readline(4096).decode("utf-8-sig", errors="replace").strip()
-    source, order = f"Amazon Reviews {release}", ",".join(_ORDERS[release])
-    has_header, wanted = not re.search(r"(^|,)\s*-?[\d.]+$", first), release == "2023"
-    if has_header != wanted:
-        order += f", with{'' if wanted else 'out'} a header"
-        raise ValueError(f"{name}, line 1: {first!r} does not begin a ratings file of {source} "
-                         f"({order}): name the right release")
-    names = dict(zip(_ORDERS[release], _EVENT_COLUMNS))
-    if wanted: return _named_columns(content, name, names, source)
+    source, order = f"Amazon Reviews {release}", _ORDERS[release]
+    if release == "2023":
+        return _named_columns(content, name, dict(zip(_EVENT_COLUMNS, order)), source)
     table = _plain_table(content, name, ",", header=False)
-    if table.frame.width != 4:
-        raise ValueError(f"{name}, line 1: {table.frame.width} fields; {source} has 4 ({order})")
-    table.frame.columns = _ORDERS[release]
+    first = table.frame.row(0)
+    if len(first) != 4 or not re.fullmatch(r"-?[\d.]+", (first[3] or "").strip()):
+        raise ValueError(f"{table.locate(0)}: {len(first)} fields {first} do not begin a file of "
+                         f"{source}: {order} without a header; name the right release")
+    table.frame.columns = order
     return table
 
 # %% ../../nbs/13_data.sources.ipynb #check-order
 _ASIN = r"^(B[0-9A-Z]{9}|[0-9]{9}[0-9X])$"
+_MEANING = {"2014": "the file is of Amazon Reviews 2018",
+            "2018": "the file is of Amazon Reviews 2014", "2023": "two columns are exchanged"}
 
 def _check_order(frame, name, release):
     "Raise a `ValueError` if the users look like products and the products do not."
     products = pl.col("user_id", "item_id").str.contains(_ASIN).fill_null(False)
     user, item = frame.head(10_000).select(products.mean()).row(0)
     if not user > .5 > item: return
-    other = {"2014": "2018", "2018": "2014"}.get(release)
-    meaning = f"the file is of Amazon Reviews {other}" if other else "two columns are exchanged"
-    order, example = ", ".join(_ORDERS[release][:2]), frame["user_id"][0]
-    raise ValueError(f"{name}: read as Amazon Reviews {release} ({order}), products stand in the "
-                     f"place of users, such as {example!r}; {meaning}")
+    raise ValueError(f"{name}: read as Amazon Reviews {release}, products stand in the place of "
+                     f"users, such as {frame['user_id'][0]!r}; {_MEANING[release]}")
 
 # %% ../../nbs/13_data.sources.ipynb #in-seconds
 def _in_seconds(frame, name, release):
     "Turn milliseconds into seconds; raise a `ValueError` if an event is younger than its release."
-    large = frame["timestamp"].abs() > 100_000_000_000
+    times = frame["timestamp"]
+    large = times.abs() > 100_000_000_000
     if large.any() and not large.all():
         raise ValueError(f"{name}: {large.sum():,} times are milliseconds and the others seconds; "
                          "bring them to one unit")
-    if large.all():
-        seconds = pl.Series(frame["timestamp"].to_numpy() / 1000)
-        frame = frame.with_columns(timestamp=parse_times(seconds))
-    newest, end = frame["timestamp"].max(), datetime.datetime(int(release) + 1, 1, 1)
-    if newest >= end.replace(tzinfo=datetime.timezone.utc).timestamp():
-        raise ValueError(f"{name}: an event of the year {1970 + int(newest / 31_556_952)}, but "
-                         f"Amazon Reviews {release} ends in {release}; the file is of a later one")
-    return frame
+    if large.all(): times = parse_times(pl.Series(times.to_numpy() / 1000))
+    year = 1970 + np.datetime64(int(times.max()), "s").astype("M8[Y]").astype(int)
+    if year > int(release):
+        raise ValueError(f"{name}: an event of the year {year}, but Amazon Reviews {release} ends "
+                         f"in {release}; the file is of a later one")
+    return frame.with_columns(timestamp=times)
 
 # %% ../../nbs/13_data.sources.ipynb #drop-repeated
 def _drop_repeated(frame):
@@ -329,14 +325,15 @@ def _drop_repeated(frame):
 # %% ../../nbs/13_data.sources.ipynb #parse-record
 _RELATED = re.compile(rb"'related': \{[^{}]*\},? ?")
 
-def _parse_record(line, literal, place):
+def _parse_record(line, release, place):
     "Turn one line into a dictionary, without running anything."
-    literally = lambda line: ast.literal_eval(_RELATED.sub(b"", line).decode().strip())
-    kind, read = ("a Python literal", literally) if literal else ("valid JSON", json.loads)
-    try: record = read(line)
+    try:
+        if not re.match(rb"\s*\{\s*'", line): record = json.loads(line)
+        else: record = ast.literal_eval(_RELATED.sub(b"", line).decode().strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        problem = getattr(error, "msg", None) or error
-        raise ValueError(f"{place}: not {kind} ({problem}); fetch the file again") from None
+        kind = "a Python literal" if release == "2014" else "valid JSON"
+        problem = f"not {kind} ({getattr(error, 'msg', None) or error})"
+        raise ValueError(f"{place}: {problem}; fetch the file again") from None
     if isinstance(record, dict): return record
     raise ValueError(f"{place}: not a record {{...}}; fetch the file again")
 
@@ -392,11 +389,13 @@ def _mend_2018(fields, counts):
     if any("getTime" in text for text in fields["title"]):
         fields["title"] = []
         counts["titles that were scripts of the web page, and were dropped"] += 1
-    clean = takewhile(lambda text: "</span>" not in text, fields["categories"])
-    fields["categories"] = list(clean)
+    is_clean = lambda text: "</span>" not in text
+    fields["categories"] = list(takewhile(is_clean, fields["categories"]))
     fields["brand"] = [re.sub(r"^by\s+", "", text) for text in fields["brand"]]
 
 # %% ../../nbs/13_data.sources.ipynb #item-record
+_JOINED = {"title": " ", "categories": ", ", "brand": " "}  # columns of one text: what is between
+
 def _item_record(record, release, max_field_chars, counts):
     "Turn a metadata record into a row with the columns of `_ITEM_SCHEMA`; count what is dropped."
     values = {column: next(filter(None, map(record.get, keys)), None)
@@ -405,30 +404,23 @@ def _item_record(record, release, max_field_chars, counts):
     row["image_urls"] = _links(values.pop("image_urls"))
     fields = {column: _strings(value) for column, value in values.items()}
     if release == "2018": _mend_2018(fields, counts)
+    fields["categories"] = dict.fromkeys(fields["categories"])
     for column, texts in fields.items():
-        if column == "categories": texts = dict.fromkeys(texts)
-        texts = [text for text in map(clean_text, texts) if text]
-        if max_field_chars is not None and len(" ".join(texts)) >= max_field_chars:
-            texts = []
+        row[column] = [text for text in map(clean_text, texts) if text]
+        if max_field_chars is not None and len(" ".join(row[column])) >= max_field_chars:
+            row[column] = []
             counts[f"fields of {max_field_chars:,} characters or more, which were emptied"] += 1
-        if _ITEM_SCHEMA[column] == pl.String:
-            texts = (", " if column == "categories" else " ").join(texts) or None
-        row[column] = texts
+        if column in _JOINED: row[column] = _JOINED[column].join(row[column]) or None
     return row
 
 # %% ../../nbs/13_data.sources.ipynb #check-release
 def _check_release(line, place, release):
     "Raise a `ValueError` if the first line of metadata has the fields of another release."
     _check_content(line[:4096], ".jsonl", place.partition(",")[0])
-    literal = release == "2014"
-    try: record = _parse_record(line, literal, place)
-    except ValueError as error:
-        try: record = _parse_record(line, not literal, place)
-        except ValueError: raise error from None
-    likely = [key for key, marks in _MARKS.items() if marks & record.keys()]
+    record, (key,) = _parse_record(line, release, place), _FIELDS[release]["item_id"]
+    likely = [other for other, marks in _MARKS.items() if marks & record.keys()]
     if likely and release not in likely: raise ValueError(
         f"{place}: metadata of Amazon Reviews {likely[0]}, not {release}; name the right release")
-    key, = _FIELDS[release]["item_id"]
     if key not in record: raise ValueError(
         f"{place}: no field {key!r}, so these are not metadata of Amazon Reviews {release}; there "
         f"are {', '.join(map(repr, record))}")
@@ -439,16 +431,15 @@ _ID_PATTERNS = {"2014": rb"'asin':\s*'([^'\\]*)'", "2018": rb'"asin":\s*"([^"\\]
 
 def _read_metadata(path, release, wanted, max_field_chars, progress):
     "Return the table of the wanted items, notes, and an item as example."
-    name, literal, pattern = Path(path).name, release == "2014", re.compile(_ID_PATTERNS[release])
-    rows, counts, example = {}, Counter(), None
-    for number, line in tqdm(_numbered_lines(path), f"read {name}", unit=" lines",
-                             disable=not progress):
-        if example is None: _check_release(line, f"{name}, line {number}", release)
-        tokens = [token.decode(errors="replace") for token in pattern.findall(line)]
-        example = example or next(iter(tokens), "")
-        if tokens and wanted.isdisjoint(tokens): continue
-        record = _parse_record(line, literal, f"{name}, line {number:,}")
-        row = _item_record(record, release, max_field_chars, counts)
+    name, rows, counts, example = Path(path).name, {}, Counter(), None
+    bar = dict(desc=f"read {name}", unit=" lines", disable=not progress)
+    for number, line in tqdm(_numbered_lines(path), **bar):
+        place = f"{name}, line {number:,}"
+        if example is None: _check_release(line, place, release)
+        ids = [found.decode(errors="replace") for found in re.findall(_ID_PATTERNS[release], line)]
+        example = example or next(iter(ids), "")
+        if ids and wanted.isdisjoint(ids): continue
+        row = _item_record(_parse_record(line, release, place), release, max_field_chars, counts)
         if row["item_id"] in wanted and rows.setdefault(row["item_id"], row) is not row:
             counts["further descriptions of an item, of which the first stays"] += 1
     if example is None: raise ValueError(f"{name}: the file is empty; fetch it again")
@@ -488,7 +479,7 @@ def read_amazon(
         raise ValueError("with_metadata_only=True needs metadata=...")
     table = _read_ratings(ratings, release)
     source = f"Amazon Reviews {release}, " + re.sub(r"^ratings_|\.csv(\.gz)?$", "", table.name)
-    frame, notes = _event_table(table, source)
+    frame, notes = _event_table(table)
     _check_order(frame, table.name, release)
     frame, n = _in_seconds(frame, table.name, release), 0
     if not keep_repeated_rows: frame, n = _drop_repeated(frame)
@@ -505,22 +496,19 @@ def read_amazon(
 
 # %% ../../nbs/13_data.sources.ipynb #archive-member
 _MAX_MEMBER = 4_000_000_000  # bytes; the largest file of MovieLens has less than a quarter of it
+_INSIDE = r"(?!\.\./)([^/]+/)?"  # at the top, or in one folder
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
 
 def _find_member(path, names):
     "Return name and bytes of the first of `names` in a zip archive; or `None`."
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [(PurePosixPath(info.filename), info) for info in archive.infolist()]
-            found = [(name, info) for name in names for place, info in members if place.name == name
-                     and len(place.parts) <= 2 and place.parts[0] not in ("..", "/")]
-            if not found: return None
-            name, info = found[0]
-            if info.file_size > _MAX_MEMBER:
+            for name, info in product(names, archive.infolist()):
+                if not re.fullmatch(_INSIDE + re.escape(name), info.filename): continue
+                if info.file_size <= _MAX_MEMBER: return name, archive.read(info)
                 raise ValueError(f"{path.name}: {info.filename} would unpack to "
                                  f"{info.file_size:,} bytes; not read")
-            return name, archive.read(info)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError,
-            RuntimeError) as error:
+    except _ZIP_ERRORS as error:
         problem = f"not a whole zip archive ({error}); fetch it again"
         raise ValueError(f"{path.name}: {problem}") from None
 
@@ -529,10 +517,8 @@ def _find_in_folder(path, names):
     "Return name and `Path` of the first of `names` in a folder, or one folder below; or `None`."
     for name in names:
         found = [path / name] if (path / name).is_file() else sorted(path.glob(f"*/{name}"))
-        if len(found) > 1:
-            first, second = (each.parent.name for each in found[:2])
-            raise ValueError(f"{path}: several folders hold {name}, such as {first} and {second}; "
-                             "name one of them")
+        dirs = [each.parent.name for each in found]
+        if len(dirs) > 1: raise ValueError(f"{path}: several folders hold {name}: {dirs}; name one")
         if found: return name, found[0]
 
 # %% ../../nbs/13_data.sources.ipynb #find-any
@@ -544,6 +530,7 @@ def _find_file(path, *names, optional=False):
     raise FileNotFoundError(f"{path}: neither {' nor '.join(names)} in it; name the archive")
 
 # %% ../../nbs/13_data.sources.ipynb #natural-title
+_NO_GENRES = "(no genres listed)"
 _ARTICLES = ("The|A|An|La|Le|Les|L'|Il|Lo|I|Gli|El|Los|Las|Un|Une|Una|Der|Die|Das|Ein|Eine|O|Os|As|"
              "Den|Det|En|Ett|De|Het")
 _FILED = re.compile(rf"([^()]+), ({_ARTICLES})(?=\s*(?:[()]|$))")
@@ -554,8 +541,8 @@ def _natural_title(title):
     return _FILED.sub(lambda found: found[2] + space(found[2]) + found[1], title.strip())
 
 # %% ../../nbs/13_data.sources.ipynb #film-rows
-_FILMS = {"movieId": "item_id", "title": "title", "genres": "categories"}
-_LINKS = {"movieId": "item_id", "imdbId": "imdb_id", "tmdbId": "tmdb_id"}
+_FILMS = {"item_id": "movieId", "title": "title", "categories": "genres"}
+_LINKS = {"item_id": "movieId", "imdb_id": "imdbId", "tmdb_id": "tmdbId"}
 
 def _decoded(content):
     "Decode a small file: UTF-8 if it is, Latin-1 otherwise."
@@ -568,45 +555,38 @@ def _film_rows(name, content):
     "Read the rows of movies.dat or movies.csv as a `Table` of item_id, title and categories."
     if name.endswith(".csv"): return _named_columns(content, name, _FILMS, "MovieLens")
     rows = [line.rstrip("\r").split("::") for line in _decoded(content).rstrip().split("\n")]
-    for number, row in enumerate(rows, 1):
-        if len(row) == 3 and row[0]: continue
-        raise ValueError(f"{name}, line {number}: not of the form MovieID::Title::Genres; "
-                         "fetch it again")
-    frame = pl.DataFrame(rows, dict.fromkeys(_FILMS.values(), pl.String), orient="row")
+    odd = [number for number, row in enumerate(rows, 1) if len(row) != 3 or not row[0]]
+    if odd: raise ValueError(f"{name}, line {odd[0]}: not MovieID::Title::Genres; fetch it again")
+    frame = pl.DataFrame(rows, dict.fromkeys(_FILMS, pl.String), orient="row")
     return Table(frame, name, lambda row: name)
 
 # %% ../../nbs/13_data.sources.ipynb #read-movies
 def _read_movies(path):
     "Read the films of MovieLens: item_id, title, categories, year, perhaps imdb_id and tmdb_id."
-    table = _film_rows(*_find_file(path, "movies.dat", "movies.csv"))
-    films = table.frame.with_columns(pl.col("item_id").str.strip_chars().fill_null(""))
-    _refuse(table, films["item_id"] == "", "a film has no id; fetch the file again")
-    twice = films["item_id"].is_duplicated()
-    _refuse(table, twice, "film {} occurs more than once; fetch the file again", "item_id")
-    titles = [_natural_title(title or "") or None for title in films["title"]]
-    genres = pl.col("categories").str.replace_all("|", ", ", literal=True)
-    films = films.select("item_id", title=pl.Series(titles, dtype=pl.String),
-                         categories=genres.replace({"(no genres listed)": None}))
-    year = pl.col("title").str.extract(r"\((\d{4})\)\s*$").cast(pl.Int32)
-    films = films.with_columns(year=year)
+    table = _filled(_film_rows(*_find_file(path, "movies.dat", "movies.csv")), ["item_id"])
+    films, title, genres = table.frame, pl.col("title"), pl.col("categories")
+    problem = "film {} occurs more than once; fetch the file again"
+    _refuse(table, films["item_id"].is_duplicated(), problem, "item_id")
+    films = films.select(
+        "item_id", title=title.map_elements(_natural_title, pl.String).replace("", None),
+        categories=genres.str.replace_all("|", ", ", literal=True).replace(_NO_GENRES, None),
+        year=title.str.extract(r"\((\d{4})\)\s*$").cast(pl.Int32))
     if found := _find_file(path, "links.csv", optional=True):
         links = _named_columns(*found[::-1], _LINKS, "MovieLens").frame
         links = links.unique("item_id", keep="last")
-        for column in ("imdb_id", "tmdb_id"):
-            known = pl.col("item_id").replace_strict(links["item_id"], links[column], default=None)
-            films = films.with_columns(known.alias(column))
+        known = partial(pl.col("item_id").replace_strict, links["item_id"], default=None)
+        films = films.with_columns(imdb_id=known(links["imdb_id"]), tmdb_id=known(links["tmdb_id"]))
     return films
 
 # %% ../../nbs/13_data.sources.ipynb #read-colons
-_RATINGS = dict(zip(("userId", "movieId", "rating", "timestamp"), _EVENT_COLUMNS))
+_RATINGS = dict(zip(_EVENT_COLUMNS, ("userId", "movieId", "rating", "timestamp")))
 
 def _read_colons(content, name):
     "Read ratings separated by `::` as a `Table`."
     table = _plain_table(content, name, ":", header=False)
     columns = table.frame.get_columns()
     if len(columns) != 7 or not all((gap.fill_null("") == "").all() for gap in columns[1::2]):
-        raise ValueError(f"{name}: not of the form UserID::MovieID::Rating::Timestamp; "
-                         "fetch it again")
+        raise ValueError(f"{name}: not UserID::MovieID::Rating::Timestamp; fetch it again")
     return replace(table, frame=pl.DataFrame(dict(zip(_EVENT_COLUMNS, columns[::2]))))
 
 # %% ../../nbs/13_data.sources.ipynb #read-movielens
@@ -623,7 +603,7 @@ def read_movielens(
     title = source.title if source else f"MovieLens ({path.name})"
     if name.endswith(".csv"): table = _named_columns(content, name, _RATINGS, "MovieLens")
     else: table = _read_colons(content, name)
-    frame, notes = _event_table(table, title)
+    frame, notes = _event_table(table)
     items = _read_movies(path)
     rated, films = set(frame["item_id"].unique()), "the list of films"
     _check_described(items, items["item_id"][0], rated, title, (name, films))
@@ -633,39 +613,24 @@ def read_movielens(
 
 # %% ../../nbs/13_data.sources.ipynb #typed-table
 _ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
+_NO_HEADER = (f"is not field:type with one of {', '.join(_ATOMIC_TYPES)}; atomic files have such a "
+              "header, tabs between the fields, and no field twice")
 
-def _typed_table(path):
-    "Read an atomic file; return a `Table` of text columns without the types, and field -> type."
+def _typed_table(path, needed, problem=None):
+    """Read an atomic file that has the fields `needed`, as `_need_fields` checks.
+
+    Return a `Table` of text columns without the types, and field -> type."""
     with open(path, "rb") as file: _check_content(file.read(4096), ".tsv", path.name)
     table, types = _plain_table(path, path.name, "\t", header=True), {}
     for column in table.frame.columns:
         field, _, kind = column.strip().partition(":")
         if not field or kind not in _ATOMIC_TYPES or field in types:
-            raise ValueError(
-                f"{path.name}, line 1: {column!r} is not field:type with one of "
-                f"{', '.join(_ATOMIC_TYPES)}; atomic files have such a header, tabs between the "
-                "fields, and no field twice")
+            raise ValueError(f"{path.name}, line 1: {column!r} {_NO_HEADER}")
         types[field] = kind
+    _need_fields(path.name, types, needed, problem)
     inside = pl.all().str.extract(r'^"(.*)"$').str.replace_all('""', '"', literal=True)
     frame = table.frame.select(inside.fill_null(pl.all()))
     return replace(table, frame=frame.rename(dict(zip(frame.columns, types)))), types
-
-# %% ../../nbs/13_data.sources.ipynb #typed-columns
-def _typed_columns(table, types):
-    "Turn float fields into numbers and float_seq fields into lists of numbers."
-    columns = []
-    for field, kind in types.items():
-        column = table.frame[field]
-        if kind.startswith("float"):
-            parts = column.str.strip_chars().str.split(" ")
-            numbers = parts.cast(pl.List(pl.Float64), strict=False)
-            bad = numbers.list.eval(pl.element().is_null()).list.any()
-            if kind == "float": bad |= numbers.list.len() > 1
-            problem = f"{{}} in field {field!r} is not {kind}; correct the row or the header"
-            _refuse(table, bad.fill_null(False), problem, field)
-            column = numbers.list.first().fill_nan(None) if kind == "float" else numbers
-        columns.append(column)
-    return pl.DataFrame(columns)
 
 # %% ../../nbs/13_data.sources.ipynb #need-fields
 def _need_fields(name, types, needed, problem=None):
@@ -675,6 +640,22 @@ def _need_fields(name, types, needed, problem=None):
         if field in types and kind in (types[field], None): continue
         problem = problem or f"no field {field}:{kind or 'token'}"
         raise ValueError(f"{name}, line 1: {problem}; there are {there}")
+
+# %% ../../nbs/13_data.sources.ipynb #typed-columns
+def _typed_columns(table, types):
+    "Turn float fields into numbers and float_seq fields into lists of numbers."
+    frame = table.frame
+    for field, kind in types.items():
+        if kind not in ("float", "float_seq"): continue
+        parts = frame[field].str.strip_chars().str.split(" ")
+        numbers = parts.cast(pl.List(pl.Float64), strict=False)
+        bad = numbers.list.eval(pl.element().is_null()).list.any()
+        if kind == "float": bad |= numbers.list.len() > 1
+        problem = f"{{}} in field {field!r} is not {kind}; correct the row or the header"
+        _refuse(table, bad.fill_null(False), problem, field)
+        if kind == "float": numbers = numbers.list.first().fill_nan(None)
+        frame = frame.with_columns(numbers.alias(field))
+    return frame
 
 # %% ../../nbs/13_data.sources.ipynb #atomic-name
 def _atomic_name(folder, end):
@@ -691,11 +672,10 @@ _ATOMIC_NAMES = {"movie_title": "title", "book_title": "title", "class": "catego
 
 def _atomic_items(path):
     "Read the items of an atomic data set, item_id first."
-    table, types = _typed_table(path)
-    _need_fields(path.name, types, {"item_id": None})
+    table, types = _typed_table(path, {"item_id": None})
     items = _typed_columns(table, types)
-    _refuse(table, items["item_id"].is_duplicated(),
-            "item {} is described more than once; keep one row an item", "item_id")
+    problem = "item {} is described more than once; keep one row an item"
+    _refuse(table, items["item_id"].is_duplicated(), problem, "item_id")
     new = {field: _ATOMIC_NAMES.get(field, field) for field in items.columns}
     if len(set(new.values())) == len(new): items = items.rename(new)
     return items.select("item_id", pl.exclude("item_id"))
@@ -713,32 +693,27 @@ def read_atomic(
         raise ValueError(f"{folder}: holds a benchmark with its own split (.train.inter); use "
                          "read_benchmark")
     name = name or _atomic_name(folder, ".inter")
-    table, types = _typed_table(_existing(folder / f"{name}.inter"))
-    _need_fields(f"{name}.inter", types, {"user_id": "token", "item_id": "token"})
-    frame, notes = _event_table(table, name)
-    if (folder / f"{name}.item").exists(): items = _atomic_items(folder / f"{name}.item")
-    else:
-        items = pl.DataFrame(schema={"item_id": pl.String})
-        notes.append(f"there is no {name}.item: nothing is known about the items")
+    needed = {"user_id": "token", "item_id": "token"}
+    table, _ = _typed_table(_existing(folder / f"{name}.inter"), needed)
+    frame, notes = _event_table(table)
+    path, items = folder / f"{name}.item", pl.DataFrame(schema={"item_id": pl.String})
+    if path.exists(): items = _atomic_items(path)
+    else: notes.append(f"there is no {name}.item: nothing is known about the items")
     return RawTables(f"{name} (RecBole atomic files)", frame, items, tuple(notes))
 
 # %% ../../nbs/13_data.sources.ipynb #prefix-rows
 _ROW_FIELDS = {"user_id": "token", "item_id_list": "token_seq", "item_id": "token"}
+_NO_BENCHMARK = "a benchmark has the fields user_id:token, item_id_list:token_seq, item_id:token"
 _STAGE_WORDS = {TRAIN: "train", VALID: "valid", TEST: "test"}
 
 def _stage_rows(path, stage):
     "Read one file of prefix rows; return its `Table` and user, history, item, length, stage, row."
-    table, types = _typed_table(_existing(path))
-    needed = ", ".join(f"{field}:{kind}" for field, kind in _ROW_FIELDS.items())
-    _need_fields(path.name, types, _ROW_FIELDS, f"a benchmark has the fields {needed}")
-    frame = table.frame.select(pl.col(list(_ROW_FIELDS)).str.strip_chars())
-    for field in _ROW_FIELDS:
-        _refuse(table, frame[field].fill_null("") == "", f"{field} is empty; remove the row")
+    table, _ = _typed_table(_existing(path), _ROW_FIELDS, _NO_BENCHMARK)
+    frame = _filled(table, list(_ROW_FIELDS)).frame
     history = frame["item_id_list"].str.replace_all(r"\s+", " ")
-    return table, frame.select(
-        user="user_id", history=history, item="item_id",
-        length=history.str.count_matches(" ", literal=True) + 1, stage=pl.lit(stage, pl.Int8),
-        row=pl.int_range(pl.len()))
+    length = history.str.count_matches(" ", literal=True) + 1
+    return table, frame.select(user="user_id", history=history, item="item_id", length=length,
+                               stage=pl.lit(stage, pl.Int8), row=pl.int_range(pl.len()))
 
 # %% ../../nbs/13_data.sources.ipynb #all-stages
 def _prefix_rows(folder, name):
@@ -799,8 +774,7 @@ def _item_index(path):
     index = table.frame.to_series(-1).str.strip_chars().cast(pl.Int64, strict=False)
     _refuse(table, index.is_null() | (table.frame.width != 2), "not an id, a tab and an index")
     if (index.sort() != pl.int_range(len(index), eager=True)).any():
-        raise ValueError(f"{path.name}: the indices must be 0 to {len(index) - 1}, each once; make "
-                         "list and dumps anew")
+        raise ValueError(f"{path.name}: the indices must be 0 to {len(index) - 1}, each once")
     return table.frame.to_series(0).gather(index.arg_sort()).fill_null("").to_list()
 
 # %% ../../nbs/13_data.sources.ipynb #map-dump
@@ -808,16 +782,14 @@ _DUMPS = {"text": "feat1CLS", "dropped_text": "feat2CLS", "image": "feat3CLS"}
 
 def _map_dump(path, n_rows, feature_size):
     "Map a dump of float32 `[n_rows, feature_size]`, of which one may be unknown (`None`)."
-    size, index = path.stat().st_size, f"{path.stem}.item2index"
-    if n_rows is None and feature_size is None: raise ValueError(
-        f"{path.name}: its shape is unknown without {index}; give feature_size=512 or whatever")
-    shape = [-1 if n is None else n for n in (n_rows, feature_size)]
-    try: return np.memmap(path, "<f4", "r").reshape(shape)
+    index = f"{path.stem}.item2index"
+    if not n_rows and not feature_size:
+        raise ValueError(f"{path.name}: no {index} tells its shape; give feature_size=512 or so")
+    try: return np.memmap(path, "<f4", "r").reshape(n_rows or -1, feature_size or -1)
     except ValueError:
-        rows, columns = ("some" if n is None else n for n in (n_rows, feature_size))
-        raise ValueError(
-            f"{path.name}: {size:,} bytes are not {rows} rows of {columns} 32-bit numbers; the "
-            f"file is cut off, or is not of the list {index}: fetch it or make it again") from None
+        shape = f"{n_rows or 'some'} rows of {feature_size or 'some'} 32-bit numbers"
+        raise ValueError(f"{path.name}: {path.stat().st_size:,} bytes are not {shape}; the file is "
+                         f"cut off or not of the list {index}: fetch or make it again") from None
 
 # %% ../../nbs/13_data.sources.ipynb #benchmark
 @dataclass(frozen=True, eq=False, repr=False)
@@ -881,9 +853,8 @@ def _places(tokens, names, source):
 def _read_texts(path, item_names, tokens):
     "Read the sentences of a benchmark, and number the items like the rows."
     if not path.exists(): return pl.DataFrame(schema={"item_id": pl.String, "text": pl.String})
-    table, types = _typed_table(path)
-    _need_fields(path.name, types, {"item_id": None, "text": None},
-                 "no fields item_id:token and text:token_seq")
+    needed = {"item_id": None, "text": None}
+    table, _ = _typed_table(path, needed, "no fields item_id:token and text:token_seq")
     token = dict(zip(item_names[1:], tokens[1:]))
     known = table.frame.filter(pl.col("item_id").is_in(list(token)))
     return known.select(pl.col("item_id").replace_strict(token), "text")
@@ -891,13 +862,11 @@ def _read_texts(path, item_names, tokens):
 # %% ../../nbs/13_data.sources.ipynb #map-dumps
 def _map_dumps(folder, domains, names, dumps, feature_size):
     "Map the dumps of each kind, where all domains have one."
-    maps = {}
-    for kind, suffix in dumps.items():
-        paths = [folder / f"{domain}.{suffix}" for domain in domains]
-        if not all(path.exists() for path in paths): continue
-        sizes = [ids and len(ids) for ids in names]
-        maps[kind] = [_map_dump(path, n, feature_size) for path, n in zip(paths, sizes)]
-    return maps
+    sizes = [ids and len(ids) for ids in names]
+    paths = {kind: [folder / f"{domain}.{suffix}" for domain in domains]
+             for kind, suffix in dumps.items()}
+    return {kind: [_map_dump(path, n, feature_size) for path, n in zip(files, sizes)]
+            for kind, files in paths.items() if all(map(Path.exists, files))}
 
 # %% ../../nbs/13_data.sources.ipynb #check-dumps
 def _check_dumps(maps, item_domain, item_row, name):
@@ -963,13 +932,12 @@ def _known_sha256(record):
 def _trust(url, path, md5):
     "Raise a `ValueError` and remove the file if it is a web page or has another MD5 checksum."
     with open(path, "rb") as file: page = re.match(rb"\s*<(?i:!doctype|html)", file.read(1024))
-    problem = page and ("a web page arrived in place of the file; the publisher may have moved it")
-    if not page and md5 is not None and (got := _file_md5(path)) != md5:
-        problem = (f"the MD5 checksum is {got}, the publisher's is {md5}; the file was removed. "
-                   "Fetch it again; if that does not help, the publisher has changed it")
-    if not problem: return
+    got = md5 and _file_md5(path)
+    if got == md5 and not page: return
     path.unlink()
-    raise ValueError(f"{url}: {problem}")
+    if page: raise ValueError(f"{url}: a web page arrived in place of the file; it may have moved")
+    raise ValueError(f"{url}: the MD5 checksum is {got}, the publisher's is {md5}; the file was "
+                     "removed. Fetch it again; if that does not help, the publisher changed it")
 
 # %% ../../nbs/13_data.sources.ipynb #fetch-file
 def fetch_file(
