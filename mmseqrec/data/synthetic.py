@@ -66,8 +66,7 @@ def attribute_values(
     attribute: str,  # one of `VISIBLE` or `HIDDEN`
 ) -> tuple[str, ...]:  # the values in a fixed order
     "List the values of an attribute in a domain; a `ValueError` names the ones that exist."
-    choices = {"domain": (domain, KINDS), "attribute": (attribute, VISIBLE + HIDDEN)}
-    for what, (name, known) in choices.items():
+    for what, name, known in ("domain", domain, KINDS), ("attribute", attribute, VISIBLE + HIDDEN):
         if name not in known:
             raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(known)}")
     return _OWN[attribute][domain] if attribute in _OWN else _SHARED[attribute]
@@ -157,35 +156,39 @@ _STENCILS = _KITCHEN_STENCILS | _WARDROBE_STENCILS | _TOY_STENCILS
 
 # %% ../../nbs/10_data.synthetic.ipynb #stencil-draw
 def _smooth(points):
-    "Round a closed polygon by cutting its corners three times (Chaikin)."
-    points = np.array(points)
+    "Round a polygon, x and y in turn, by cutting its corners three times (Chaikin)."
+    points = np.reshape(points, (-1, 2))
     for _ in range(3):
-        following = np.roll(points, -1, axis=0)
-        cut = np.stack([.8 * points + .2 * following, .2 * points + .8 * following], 1)
-        points = cut.reshape(-1, 2)
-    return [tuple(p) for p in points]
+        after = np.roll(points, -1, axis=0)
+        points = np.stack([.8 * points + .2 * after, .2 * points + .8 * after], 1).reshape(-1, 2)
+    return points.ravel().tolist()
 
 # %% ../../nbs/10_data.synthetic.ipynb #stencil-shapes
-def _paint(image, stencil, unit, colours, **outline):
-    "Draw the shapes of a stencil; `unit` is its size in pixels."
-    pen = ImageDraw.Draw(image)
+def _arc(pen, xy, v, fill, outline, **_):
+    "Draw an arc inside a wider one of the outline's colour."
+    x0, y0, x1, y1, *_, width = xy
+    wider = [x0 - 1.5, y0 - 1.5, x1 + 1.5, y1 + 1.5]
+    pen.arc(wider, v[4], v[5], outline, int(width) + 3)
+    pen.arc(xy[:4], v[4], v[5], fill, int(width))
+
+_SHAPES = {  # letter -> draws `xy`, the numbers in pixels; angles are among `v`, as written
+    "e": lambda pen, xy, v, fill, **line: pen.ellipse(xy, fill, **line),
+    "r": lambda pen, xy, v, fill, **line: pen.rounded_rectangle(xy[:4], xy[4], fill, **line),
+    "p": lambda pen, xy, v, fill, **line: pen.polygon(xy, fill, **line),
+    "s": lambda pen, xy, v, fill, **line: pen.polygon(_smooth(xy), fill, **line),
+    "c": lambda pen, xy, v, fill, **line: pen.chord(xy[:4], v[4], v[5], fill, **line),
+    "l": lambda pen, xy, v, fill, **_: pen.line(xy[:-1], fill, max(2, int(xy[-1])), "curve"),
+    "a": _arc}
+
+def _paint(size, stencil, unit, colours, **line):
+    "Draw a stencil on a black image `size` pixels wide; `unit` is the stencil's unit in pixels."
+    image = Image.new("RGB", (size, size))
     for entry in stencil:
         (layer, shape), *numbers = entry.split()
         v = [float(n) for n in numbers]
-        xy = [n * unit for n in v]
-        points = list(zip(xy[0::2], xy[1::2]))
         fill = None if layer + shape == "le" else colours[layer]
-        match shape:
-            case "e": pen.ellipse(xy, fill, **outline)
-            case "r": pen.rounded_rectangle(xy[:4], xy[4], fill, **outline)
-            case "p": pen.polygon(points, fill, **outline)
-            case "s": pen.polygon(_smooth(points), fill, **outline)
-            case "c": pen.chord(xy[:4], v[4], v[5], fill, **outline)
-            case "l": pen.line(points, fill, max(2, int(xy[-1])), joint="curve")
-            case "a":
-                box = [xy[0] - 1.5, xy[1] - 1.5, xy[2] + 1.5, xy[3] + 1.5]
-                pen.arc(box, v[4], v[5], outline["outline"], int(xy[6]) + 3)
-                pen.arc(xy[:4], v[4], v[5], fill, int(xy[6]))
+        _SHAPES[shape](ImageDraw.Draw(image), [n * unit for n in v], v, fill, **line)
+    return image
 
 # %% ../../nbs/10_data.synthetic.ipynb #stencil-paint
 _SHEET = 192  # pixels of the sheet on which layers are drawn; images are made smaller from it
@@ -195,9 +198,8 @@ _CHANNELS = {"b": (255, 0, 0), "t": (0, 255, 0), "l": (0, 0, 255), "x": (0, 0, 0
 @lru_cache(maxsize=None)
 def _stencil(kind):
     "Draw a kind's masks (red body, green trim, blue line); return them and the motif's circle."
-    image = Image.new("RGB", (_SHEET, _SHEET))
     *shapes, circle = _STENCILS[kind]
-    _paint(image, shapes, _UNIT, _CHANNELS, outline=_CHANNELS["l"], width=3)
+    image = _paint(_SHEET, shapes, _UNIT, _CHANNELS, outline=_CHANNELS["l"], width=3)
     return image, tuple(map(float, circle.split()[1:]))
 
 # %% ../../nbs/10_data.synthetic.ipynb #pattern-masks
@@ -210,11 +212,12 @@ _PATTERN_FORMULAS = {
     "wavy": lambda x, y: (y + 3.2 * np.sin(x * 2 * np.pi / 26)) % 13 < 4,
     "two-tone": lambda x, y: y > 56}
 
+_Y, _X = np.mgrid[0:_SHEET, 0:_SHEET] * (100 / _SHEET)  # of each pixel of the sheet, in units
+
 @lru_cache(maxsize=None)
 def _pattern(name):
     "Draw a pattern's mask on the sheet (white: accent)."
-    y, x = np.mgrid[0:_SHEET, 0:_SHEET] * (100 / _SHEET)
-    return Image.fromarray((_PATTERN_FORMULAS[name](x, y) * 255).astype(np.uint8))
+    return Image.fromarray((_PATTERN_FORMULAS[name](_X, _Y) * 255).astype(np.uint8))
 
 # %% ../../nbs/10_data.synthetic.ipynb #texture-layers
 def _clipped(x): return np.clip(x, 0, 1)
@@ -243,22 +246,21 @@ _LIGHTENING = {  # material -> light added to each pixel
     "ceramic": lambda x, y: .8 * _bump(np.hypot(x - 38, (y - 42) * .8), 8, 4.5),
     "glass": lambda x, y: (.30 + .7 * _bump(x + .35 * y, 62, 3.5)
                            + .5 * _bump(x + .35 * y, 74, 1.8)),
-    "plastic": lambda x, y: .65 * ((np.abs(x - 36) < 5) & (np.abs(y - 40) < 7)) + .12}
+    "plastic": lambda x, y: .65 * ((np.abs(x - 36) < 5) & (np.abs(y - 40) < 7)) + .12,
+    **dict.fromkeys(("wood", "cotton", "wool"), lambda x, y: 0 * x)}
 
 # %% ../../nbs/10_data.synthetic.ipynb #texture-masks
 _SHADED, _GLOSSY = ("ceramic", "plastic"), ("ceramic", "plastic", "glass", "leather")
 
 def _layer(formula, zoom):
     "Draw a formula's values on the sheet, enlarged about its centre."
-    y, x = np.mgrid[0:_SHEET, 0:_SHEET] * (100 / _SHEET)
-    values = _clipped(formula((x - 50) / zoom + 50, (y - 50) / zoom + 50))
+    values = _clipped(formula((_X - 50) / zoom + 50, (_Y - 50) / zoom + 50))
     return Image.fromarray((values * 255).astype(np.uint8)).convert("RGB")
 
 @lru_cache(maxsize=None)
 def _texture(material, zoom=1.0):
-    "Draw a material's darkening and lightening layers (`None` if it has no second one)."
+    "Draw a material's darkening and lightening layers."
     dark = _layer(_DARKENING[material], 1 if material in _SHADED else zoom)
-    if material not in _LIGHTENING: return dark, None
     return dark, _layer(_LIGHTENING[material], 1 if material in _GLOSSY else zoom)
 
 # %% ../../nbs/10_data.synthetic.ipynb #motif-stencils
@@ -283,9 +285,8 @@ _MOTIF_STENCILS = {
 @lru_cache(maxsize=None)
 def _motif(name, size):
     "Draw a motif's mask in red and its disc in green, `size` pixels wide."
-    image = Image.new("RGB", (240, 240))
     stencil = ["xe 0 0 239 239", *_MOTIF_STENCILS[name]]
-    _paint(image, stencil, 1, {"b": (255, 255, 0), "x": (0, 255, 0)})
+    image = _paint(240, stencil, 1, {"b": (255, 255, 0), "x": (0, 255, 0)})
     return image.resize((size, size), Image.Resampling.BOX)
 
 # %% ../../nbs/10_data.synthetic.ipynb #scene-shapes
@@ -317,24 +318,26 @@ def _scene(domain, view, paper):
     "Draw the background of a view on the sheet, on paper of colour number `paper`."
     darker = tuple(int(c * .86) for c in _PAPERS[paper])
     image = Image.new("RGB", (_SHEET, _SHEET), _PAPERS[paper])
-    pen = ImageDraw.Draw(image)
     for shape, corners, fill, *outline in _SCENES[domain if view == "in use" else view]:
-        getattr(pen, shape)(corners, darker if fill == "darker" else fill, *outline)
+        draw = getattr(ImageDraw.Draw(image), shape)
+        draw(corners, darker if fill == "darker" else fill, *outline)
     return image
 
 # %% ../../nbs/10_data.synthetic.ipynb #draw-helpers
+_SCALES = {"small": .62, "medium": .78, "large": .94}
+_POSES = {  # view -> scale, angle, x, y, zoom from scale s, angle a, shift (x, y), circle's centre
+    "front": lambda s, a, x, y, u, v: (s, 0.0, 50 + x, 94 - 50 * s + y / 2 - 2, 1.0),
+    "tilted": lambda s, a, x, y, u, v: (s * .92, a, 50 + x, 50 + y, 1.0),
+    "close-up": lambda s, a, x, y, u, v: (
+        1.7, 0.0, 50 + (50 - u) * 1.2 + x, 50 + (50 - v) * 1.2 + y, 1.7),
+    "in use": lambda s, a, x, y, u, v: (s * .8, 0.0, 50 + x, 88 - 50 * s * .8 - y / 2, 1.0)}
+
 def _pose(view, size, variant, circle):
     "Choose scale, angle, where the sheet's centre lands (units), and the texture's zoom."
     pick = np.random.default_rng([variant, VIEWS.index(view)]).random(4)
-    scale = {"small": .62, "medium": .78, "large": .94}[size] * (.97 + .06 * pick[0])
-    dx, dy = (pick[1] - .5) * 6, (pick[2] - .5) * 4
-    if view == "tilted":
-        angle = (1 if pick[3] < .5 else -1) * (.2 + .35 * pick[0])
-        return scale * .92, angle, 50 + dx, 50 + dy, 1.0
-    if view == "close-up":
-        return 1.7, 0.0, 50 + (50 - circle[0]) * 1.2 + dx, 50 + (50 - circle[1]) * 1.2 + dy, 1.7
-    if view == "in use": return scale * .8, 0.0, 50 + dx, 88 - 50 * scale * .8 - dy / 2, 1.0
-    return scale, 0.0, 50 + dx, 94 - 50 * scale + dy / 2 - 2, 1.0
+    scale = _SCALES[size] * (.97 + .06 * pick[0])
+    angle = (1 if pick[3] < .5 else -1) * (.2 + .35 * pick[0])
+    return _POSES[view](scale, angle, (pick[1] - .5) * 6, (pick[2] - .5) * 4, *circle[:2])
 
 # %% ../../nbs/10_data.synthetic.ipynb #turn
 def _turned(layers, scale, angle, x, y):
@@ -342,8 +345,7 @@ def _turned(layers, scale, angle, x, y):
     cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
     inverse = (cos, sin, (50 - cos * x - sin * y) * _UNIT,
                -sin, cos, (50 + sin * x - cos * y) * _UNIT)
-    return layers.transform((_SHEET, _SHEET), Image.Transform.AFFINE, inverse,
-                            Image.Resampling.BILINEAR).split()
+    return layers.transform(layers.size, Image.AFFINE, inverse, Image.BILINEAR).split()
 
 # %% ../../nbs/10_data.synthetic.ipynb #surface
 def _surface(look, accented, zoom):
@@ -351,8 +353,7 @@ def _surface(look, accented, zoom):
     surface = Image.new("RGB", (_SHEET, _SHEET), COLOURS[look["colour"]])
     surface.paste(COLOURS[look["accent"]], mask=accented)
     dark, light = _texture(look["material"], zoom)
-    surface = ImageChops.multiply(surface, dark)
-    return surface if light is None else ImageChops.screen(surface, light)
+    return ImageChops.screen(ImageChops.multiply(surface, dark), light)
 
 # %% ../../nbs/10_data.synthetic.ipynb #ink
 def _ink(rgb, amount):
@@ -385,8 +386,8 @@ def draw_item(
     image = _scene(attributes["domain"], view, variant % len(_PAPERS)).copy()
     if view in ("front", "in use"):
         scale, _, x, y = pose
-        left, right, foot = ((x - 40 * scale) * _UNIT, (x + 40 * scale) * _UNIT,
-                             (y + 46 * scale) * _UNIT)
+        edges = x - 40 * scale, x + 40 * scale, y + 46 * scale
+        left, right, foot = (edge * _UNIT for edge in edges)
         ImageDraw.Draw(image).ellipse((left, foot - 8, right, foot + 8), (150, 146, 144))
     inside = ImageChops.add(body, trim)
     if attributes["material"] == "glass": inside = inside.point(lambda v: int(v * .66))
@@ -547,8 +548,7 @@ def make_caption_corpus(
     for number, domain in enumerate(KINDS):
         rows = np.flatnonzero(domains == number)
         values = [attribute_values(domain, a) for a in VISIBLE]
-        even = [np.ones((len(rows), len(v))) for v in values]
-        codes = _draw_codes(domain, even, True, rng)
+        codes = _draw_codes(domain, [np.ones((len(rows), len(v))) for v in values], True, rng)
         for row, code in zip(tqdm(rows, f"captions: {domain}", disable=not progress), codes):
             look = {a: v[c] for a, v, c in zip(VISIBLE, values, code)} | {"domain": domain}
             view, variant = VIEWS[views[row]], int(rng.integers(1 << 30))
@@ -574,9 +574,8 @@ def plant_interests(
         n_values = len(attribute_values(domain, a))
         n = _FAVOURITES.get(a, n_values)
         favourites = np.argsort(rng.random((n_interests, n_values)), axis=1)[:, :n]
-        p = np.full((n_interests, n_values), (1 - purity) / n_values)
+        p = probabilities[a] = np.full((n_interests, n_values), (1 - purity) / n_values)
         np.put_along_axis(p, favourites, p[0, 0] + purity / n, axis=1)
-        probabilities[a] = p
     return probabilities
 
 # %% ../../nbs/10_data.synthetic.ipynb #make-items
@@ -617,19 +616,15 @@ def write_listing(
     part, pick = rng.random(len(named)), rng.integers(0, 12, (len(named), 2))
     pick[:, 0] = rng.random(len(named)) >= _PLAIN  # the plainest word, or the other one
     in_title = [a for a, p in zip(named, part) if p < .5 and a not in ("occasion", "care")]
-    for a in named:  # at most five sentences beside the title and the two friendly ones
-        too_long = len(named) - len(in_title) > 5
-        if too_long and a not in in_title and a in VISIBLE: in_title.append(a)
-    words, sentences = {}, ([], [])
+    others = [a for a in named if a in VISIBLE and a not in in_title]
+    in_title += others[:max(0, len(named) - len(in_title) - 5)]  # five sentences, and two friendly
+    words, texts = {}, ([], [])
     for a, p, (word, sentence) in zip(named, part, pick):
         if a in in_title: words[a] = _word(a, attributes[a], word)
-        else:
-            in_details = int(not description or p >= .8)
-            sentences[in_details].append(say(a, attributes[a], word, sentence))
-    for some, filler in zip(sentences, rng.choice(len(_FILLERS), 2, replace=False)):
-        if not some or rng.random() < .3:
-            some.insert(int(rng.integers(len(some) + 1)), _FILLERS[filler])
-    first, details = map(" ".join, sentences)
+        else: texts[int(not description or p >= .8)].append(say(a, attributes[a], word, sentence))
+    for text, filler in zip(texts, rng.choice(_FILLERS, 2, replace=False)):
+        if not text or rng.random() < .3: text.insert(int(rng.integers(len(text) + 1)), filler)
+    first, details = map(" ".join, texts)
     return _title(attributes["domain"], words), first if description else None, details
 
 # %% ../../nbs/10_data.synthetic.ipynb #behaviour
@@ -679,29 +674,31 @@ def _companions(codes, made_for, shelves, rng):
         found[rows] = np.take_along_axis(near, best, axis=1)
     return found
 
-# %% ../../nbs/10_data.synthetic.ipynb #crowd
-def _crowd(n, n_interests, values, behaviour, rng):
-    "Draw what n users are like; `values` are the numbers of values of the attributes of taste."
-    extra = rng.geometric(1 / (behaviour.mean_events - 4), n) - 1
-    held = min(behaviour.interests_per_user, n_interests)
-    first, other = rng.dirichlet(np.ones(held), (2, n))
-    order = np.argsort(rng.random((n, n_interests)), axis=1)
-    return {"n_events": 5 + np.minimum(extra, behaviour.max_events - 5),
-            "interests": order[:, :held].astype(np.int32), "first_weights": first,
-            "last_weights": (1 - behaviour.drift) * first + behaviour.drift * other,
-            "taste": rng.integers(0, values, (n, len(values)), dtype=np.int32),
-            "start": rng.integers(1_640_995_200, 1_704_067_200, n)}  # 2022 and 2023, Unix seconds
-
 # %% ../../nbs/10_data.synthetic.ipynb #shop-class
 @dataclass(frozen=True)
 class _Shop:
     "Hold what the users of one shop choose from."
     domain: str
+    n_interests: int  # C
     probabilities: dict[str, np.ndarray]  # of the interests, from `plant_interests`
     codes: np.ndarray  # `[V, 10]` int32 values of the attributes
     made_for: np.ndarray  # `[V]` interest
     shelves: np.ndarray  # `[(C + 1) * V]`, the last one the whole shop by popularity
     companions: np.ndarray  # `[V, 8]` items
+
+# %% ../../nbs/10_data.synthetic.ipynb #crowd
+def _crowd(shop, n, behaviour, rng):
+    "Draw what n users of a shop are like."
+    extra = rng.geometric(1 / (behaviour.mean_events - 4), n) - 1
+    held = min(behaviour.interests_per_user, shop.n_interests)
+    first, other = rng.dirichlet(np.ones(held), (2, n))
+    order = np.argsort(rng.random((n, shop.n_interests)), axis=1)
+    values = [shop.probabilities[a].shape[1] for a in VISIBLE[:5]]
+    return {"n_events": 5 + np.minimum(extra, behaviour.max_events - 5),
+            "interests": order[:, :held].astype(np.int32), "first_weights": first,
+            "last_weights": (1 - behaviour.drift) * first + behaviour.drift * other,
+            "taste": rng.integers(0, values, (n, 5), dtype=np.int32),
+            "start": rng.integers(1_640_995_200, 1_704_067_200, n)}  # 2022 and 2023, Unix seconds
 
 # %% ../../nbs/10_data.synthetic.ipynb #choose
 _REASONS = ("interest", "follow", "repeat", "explore")
@@ -712,7 +709,7 @@ def _choose(shop, taste, shelf, history, follows, behaviour, rng):
     rows, t = np.arange(len(shelf)), history.shape[1]
     chance = rng.random((len(shelf), 4))
     explores = chance[:, 0] < behaviour.explore
-    shelf = np.where(explores, len(shop.probabilities["kind"]), shelf)
+    shelf = np.where(explores, shop.n_interests, shelf)
     near = _draw(shop.shelves, shelf, len(shop.codes), behaviour.taste, rng)
     liked = (shop.codes[near, :taste.shape[1]] == taste[:, None]).sum(-1) * ~explores[:, None]
     seen = (near[:, :, None] == history[:, None]).any(-1)
@@ -729,29 +726,26 @@ def _choose(shop, taste, shelf, history, follows, behaviour, rng):
 # %% ../../nbs/10_data.synthetic.ipynb #shop
 def _go_shopping(shop, crowd, behaviour, rng):
     "Let a crowd shop; return user, item, timestamp, interest, session, reason, user by user."
-    n_events = crowd["n_events"]
-    n = len(n_events)
-    history = np.zeros((n, n_events.max()), np.int32)
-    interest, session = np.zeros(n, np.int32), np.full(n, -1, np.int32)
-    clock, steps = crowd["start"].copy(), []
+    n_events, most = crowd["n_events"], crowd["n_events"].max()
+    item, interest, session, reason = np.zeros((4, len(n_events), most), np.int32)
+    clock = np.repeat(crowd["start"][:, None], most, axis=1)
     longest_first = np.argsort(-n_events, kind="stable")
-    for t in range(history.shape[1]):
+    for t in range(most):  # at t = 0 the column t - 1 is the last one, which nobody has filled yet
         who = longest_first[:np.count_nonzero(n_events > t)]
         fresh = (rng.random(len(who)) < 1 / behaviour.session_length) | (t == 0)
         age = (t / n_events[who])[:, None]
         weights = (1 - age) * crowd["first_weights"][who] + age * crowd["last_weights"][who]
         held = _draw_values(np.cumsum(weights, axis=1), rng)
-        interest[who] = np.where(fresh, crowd["interests"][who, held], interest[who])
-        session[who] += fresh
+        interest[who, t] = np.where(fresh, crowd["interests"][who, held], interest[who, t - 1])
+        session[who, t] = session[who, t - 1] + fresh
         days, minutes = (rng.exponential(mean, len(who)) for mean in (10 * 86_400, 240))
-        if t: clock[who] += np.where(fresh, days, 15 + minutes).astype(np.int64)
-        item, reason = _choose(shop, crowd["taste"][who], interest[who], history[who, :t], ~fresh,
-                               behaviour, rng)
-        history[who, t] = item
-        steps.append(pl.DataFrame({"user": who, "item": item, "timestamp": clock[who],
-                                   "interest": interest[who], "session": session[who],
-                                   "reason": reason}))
-    return pl.concat(steps).sort("user", maintain_order=True)
+        pause = np.where(fresh, days, 15 + minutes).astype(np.int64)
+        clock[who, t] = clock[who, t - 1] + pause * (t > 0)
+        item[who, t], reason[who, t] = _choose(shop, crowd["taste"][who], interest[who, t],
+                                               item[who, :t], ~fresh, behaviour, rng)
+    user, t = np.nonzero(np.arange(most) < n_events[:, None])
+    events = dict(item=item, timestamp=clock, interest=interest, session=session - 1, reason=reason)
+    return pl.DataFrame({"user": user} | {name: table[user, t] for name, table in events.items()})
 
 # %% ../../nbs/10_data.synthetic.ipynb #truth
 @dataclass(frozen=True)
@@ -778,7 +772,7 @@ class Marketplace:
         return self.items["domain"].unique(maintain_order=True).to_list()
 
     @cached_property
-    def _row_of(self): return {t: row for row, t in enumerate(self.truth.attributes["item_id"])}
+    def _row_of(self): return {f: row for row, fs in enumerate(self.items["images"]) for f in fs}
 
     def domain(
         self,
@@ -789,10 +783,10 @@ class Marketplace:
             raise ValueError(f"no domain {name!r} here: choose from {', '.join(self.domains)}")
         mine = self.interactions["user_id"].str.starts_with(f"{name}-")
         part = lambda table: table.filter(pl.col("domain") == name)
-        truth = Truth(part(self.truth.attributes), self.truth.events.filter(mine),
-                      part(self.truth.users), part(self.truth.interests))
-        return Marketplace(self.interactions.filter(mine), part(self.items), truth, self.seed,
-                           self.image_size)
+        whole, events = self.truth, self.truth.events.filter(mine)
+        truth = Truth(part(whole.attributes), events, part(whole.users), part(whole.interests))
+        interactions, items = self.interactions.filter(mine), part(self.items)
+        return Marketplace(interactions, items, truth, self.seed, self.image_size)
 
     def draw(
         self,
@@ -816,16 +810,16 @@ class Marketplace:
 # %% ../../nbs/10_data.synthetic.ipynb #draw-and-write
 def _draw_file(market, file_name):
     "Draw the image called `file_name`."
-    token, _, number = file_name.removesuffix(".png").rpartition("_")
-    row = market._row_of.get(token)
-    item = {"views": []} if row is None else market.truth.attributes.row(row, named=True)
-    if not number.isdecimal() or int(number) >= len(item["views"]):
-        raise KeyError(f"no item has the image {file_name!r}: take a name from the items' images "
-                       "column")
+    if file_name not in market._row_of:
+        raise KeyError(f"no item has the image {file_name!r}: take a name from an images column")
+    item = market.truth.attributes.row(market._row_of[file_name], named=True)
+    token, number = file_name.removesuffix(".png").split("_")
     variant = derive_seed(market.seed, "picture", token, number) % (1 << 30)
     return draw_item(item, item["views"][int(number)], variant, market.image_size)
 
 # %% ../../nbs/10_data.synthetic.ipynb #write-folder
+_FILES = {"interactions": "interactions.csv", "items": "items.jsonl", "images": "images"}
+
 def _write_folder(market, folder, overwrite, progress):
     "Write everything into a temporary folder that becomes `folder`."
     if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
@@ -837,8 +831,7 @@ def _write_folder(market, folder, overwrite, progress):
         names = market.items["images"].explode().drop_nulls()
         for name in tqdm(names, disable=not progress, desc="images"):
             market.draw(name).save(new / "images" / name, compress_level=1)
-    files = {"interactions": "interactions.csv", "items": "items.jsonl", "images": "images"}
-    return {key: folder / name for key, name in files.items()}
+    return {key: folder / name for key, name in _FILES.items()}
 
 # %% ../../nbs/10_data.synthetic.ipynb #tokens
 def _tokens(prefix, n):
@@ -855,7 +848,7 @@ def _open_shop(domain, n_items, n_interests, purity, seed, behaviour):
     fit = np.minimum(_fit(codes, probabilities), behaviour.enough)
     shelves = _shelves(np.vstack([popularity * np.exp(behaviour.devotion * fit), popularity]))
     companions = _companions(codes, made_for, shelves, rng)
-    return _Shop(domain, probabilities, codes, made_for, shelves, companions)
+    return _Shop(domain, n_interests, probabilities, codes, made_for, shelves, companions)
 
 # %% ../../nbs/10_data.synthetic.ipynb #items-table
 _PUBLIC = {"item_id": pl.String, "domain": pl.String, "title": pl.String, "description": pl.String,
@@ -874,13 +867,12 @@ def _items_table(shop, seed, omit, missing_image, missing_description, max_image
     described = (rng.random(n) >= missing_description).tolist()
     values = {a: attribute_values(shop.domain, a) for a in VISIBLE + HIDDEN}
     tokens, rows = _tokens(f"{shop.domain}-", n).to_list(), []
-    for row, token in enumerate(tokens):
+    for row, (token, made_for) in enumerate(zip(tokens, shop.made_for.tolist())):
         item = {a: v[c] for (a, v), c in zip(values.items(), shop.codes[row])}
         said = [a for a, yes in zip(values, named[row]) if yes and item[a] != "none"]
         views = [VIEWS[v] for v in (0, *other_views[row])][:n_images[row]]
-        item |= dict(item_id=token, domain=shop.domain, named=said, views=views,
+        item |= dict(item_id=token, domain=shop.domain, named=said, views=views, made_for=made_for,
                      images=[f"{token}_{k}.png" for k in range(len(views))],
-                     made_for=int(shop.made_for[row]),
                      companions=[tokens[other] for other in shop.companions[row]])
         listing = write_listing(item, said, rng, described[row])
         rows.append(item | dict(zip(("title", "description", "details"), listing)))
@@ -889,29 +881,29 @@ def _items_table(shop, seed, omit, missing_image, missing_description, max_image
 
 # %% ../../nbs/10_data.synthetic.ipynb #fill-shop
 _BLOCK = 20_000
+_PLANTED_EVENTS = ("interest", "session", "reason")
 
 def _fill_shop(shop, n_users, seed, behaviour):
-    "Let all users of a shop come, block by block; return the events and the users."
+    "Let all users come, block by block; return interactions, what was planted in them, and users."
     events, users, domain = [], [], shop.domain
-    values = [len(attribute_values(domain, a)) for a in VISIBLE[:5]]
     for start in range(0, n_users, _BLOCK):
         rng = np.random.default_rng(derive_seed(seed, "customers", domain, start))
-        n_interests, n = len(shop.probabilities["kind"]), min(_BLOCK, n_users - start)
-        crowd = _crowd(n, n_interests, values, behaviour, rng)
+        crowd = _crowd(shop, min(_BLOCK, n_users - start), behaviour, rng)
         block = _go_shopping(shop, crowd, behaviour, rng)
         events.append(block.with_columns(pl.col("user") + start))
         users.append(pl.DataFrame(crowd))
     events, user_id = pl.concat(events), _tokens(f"{domain}-u", n_users).alias("user_id")
-    events = events.with_columns(
-        user_id=user_id.gather(events["user"]), reason=pl.Series(_REASONS).gather(events["reason"]),
-        item_id=_tokens(f"{domain}-", len(shop.codes)).gather(events["item"]))
-    planted = pl.col("interests", "first_weights", "last_weights").arr.to_list()
-    return events, pl.concat(users).select(user_id, pl.lit(domain).alias("domain"), planted)
+    item_id = _tokens(f"{domain}-", len(shop.codes)).alias("item_id")
+    events = events.with_columns(user_id.gather(events["user"]), item_id.gather(events["item"]),
+                                 reason=pl.Series(_REASONS).gather(events["reason"]))
+    weights = pl.col("interests", "first_weights", "last_weights").arr.to_list()
+    users = pl.concat(users).select(user_id, pl.lit(domain).alias("domain"), weights)
+    return events.select("user_id", "item_id", "timestamp"), events.select(_PLANTED_EVENTS), users
 
 # %% ../../nbs/10_data.synthetic.ipynb #shop-tables-all
 def _planted_interests(shop):
     "Tabulate the favourite values of each interest, best first."
-    table = {"domain": shop.domain, "interest": range(len(shop.probabilities["kind"]))}
+    table = {"domain": shop.domain, "interest": range(shop.n_interests)}
     for a, n in _FAVOURITES.items():
         best = np.argsort(-shop.probabilities[a], axis=1, kind="stable")[:, :n]
         table[a] = np.array(attribute_values(shop.domain, a))[best].tolist()
@@ -935,17 +927,14 @@ def make_marketplace(
 ) -> Marketplace:  # the same for the same arguments, to the last digit
     "Make shops, listings and users; raises `ValueError` for sizes that make no shop."
     if n_users < 1 or n_items < 8 or not 1 <= max_images <= 4 or n_interests < 1:
-        raise ValueError("a marketplace needs n_users >= 1, n_items >= 8, n_interests >= 1 and "
-                         f"max_images from 1 to 4; got {n_users}, {n_items}, {n_interests} and "
-                         f"{max_images}")
+        raise ValueError("this needs n_users >= 1, n_items >= 8, n_interests >= 1, max_images "
+                         f"<= 4; got {n_users}, {n_items}, {n_interests} and {max_images}")
     tables = []
     for domain in [domains] if isinstance(domains, str) else domains:
         shop = _open_shop(domain, n_items, n_interests, purity, seed, behaviour)
         items = _items_table(shop, seed, omit, missing_image, missing_description, max_images)
-        events, users = _fill_shop(shop, n_users, seed, behaviour)
-        tables.append((events.select("user_id", "item_id", "timestamp"), *items,
-                       events.select("interest", "session", "reason"), users,
-                       _planted_interests(shop)))
+        interactions, *planted = _fill_shop(shop, n_users, seed, behaviour)
+        tables.append((interactions, *items, *planted, _planted_interests(shop)))
     interactions, items, *planted = map(pl.concat, zip(*tables))
     return Marketplace(interactions, items, Truth(*planted), seed, image_size)
 
@@ -982,6 +971,8 @@ def plot_popularity(
     return ax
 
 # %% ../../nbs/10_data.synthetic.ipynb #plot-history
+_FRAMES = [COLORS[name] for name in ("text", "image", "both", "accent", "id", "ink")]
+
 def plot_history(
     market: Marketplace,  # where the user shops
     user_id: str,  # such as `"toys-u0042"`
@@ -992,15 +983,12 @@ def plot_history(
     rows = rows.filter(pl.col("user_id") == user_id).head(n)
     if not len(rows):
         raise KeyError(f"no user {user_id!r} here: take one from the interactions' user_id column")
-    palette = [COLORS[c] for c in ("text", "image", "both", "accent", "id", "ink")]
     held = rows["interest"].unique(maintain_order=True).to_list()
     files = dict(zip(market.items["item_id"], market.items["images"]))
-    images, titles, frames = [], [], []
-    for event in rows.iter_rows(named=True):
-        number = f" {event['interest']}" if event["reason"] == "interest" else ""
-        titles.append(f"session {event['session'] + 1}\n{event['reason']}{number}")
-        images.append(_first_image(market, files[event["item_id"]]))
-        frames.append(palette[held.index(event["interest"]) % len(palette)])
+    images = [_first_image(market, files[item]) for item in rows["item_id"]]
+    titles = [f"session {session + 1}\n{reason}" + (f" {c}" if reason == "interest" else "")
+              for c, session, reason in rows.select("interest", "session", "reason").iter_rows()]
+    frames = [_FRAMES[held.index(c) % len(_FRAMES)] for c in rows["interest"]]
     return plot_images(images, titles, min(7, n), .72, f"What {user_id} took", frames)
 
 # %% ../../nbs/10_data.synthetic.ipynb #gini
@@ -1016,8 +1004,7 @@ def gini(
 def _rank_and_auc(score_rows, targets, n_items):
     "Rank targets `[U]` by scores, 512 users at a time; return ranks and the mean AUC."
     ranks = np.empty(len(targets))
-    for start in range(0, len(targets), 512):
-        rows = np.arange(start, min(start + 512, len(targets)))
+    for rows in np.split(np.arange(len(targets)), range(512, len(targets), 512)):
         scores = score_rows(rows)
         own = np.take_along_axis(scores, targets[rows, None], axis=1)
         ranks[rows] = 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
@@ -1026,19 +1013,16 @@ def _rank_and_auc(score_rows, targets, n_items):
 # %% ../../nbs/10_data.synthetic.ipynb #score-functions
 def _event_arrays(interactions, item_ids):
     "Sort events by user and time (ties keep their order): items `[E]` and offsets `[U + 1]`."
-    numbers = pl.int_range(len(item_ids), eager=True)
-    events = interactions.select("timestamp", user=pl.col("user_id").rank("dense"),
-                                 item=pl.col("item_id").replace_strict(item_ids, numbers))
+    item = pl.col("item_id").replace_strict(item_ids, range(len(item_ids)))
+    events = interactions.select("timestamp", user=pl.col("user_id").rank("dense"), item=item)
     events = events.sort("user", "timestamp", maintain_order=True)
     return events["item"].to_numpy(), np.cumsum(np.bincount(events["user"].to_numpy()))
 
 # %% ../../nbs/10_data.synthetic.ipynb #markov-scores
 def _markov_scores(item, offsets, n_items, popularity):
     "Return a function from users to scores `[rows, V]`: transitions, then popularity."
-    follows = np.ones(len(item), dtype=bool)
-    follows[offsets[:-1]] = False  # nothing comes before a user's first event
-    follows[offsets[1:] - 1] = False  # and the last one is held out
-    event = np.flatnonzero(follows)
+    first, held_out = offsets[:-1], offsets[1:] - 1
+    event = np.setdiff1d(np.arange(len(item)), [first, held_out])  # before a first comes nothing
     pairs = (np.ones(len(event)), (item[event - 1], item[event]))
     counts = coo_matrix(pairs, (n_items, n_items)).tocsr()
     previous = item[offsets[1:] - 2]
@@ -1083,17 +1067,14 @@ def simple_features(
     market: Marketplace,  # the first image of each item is drawn
 ) -> dict[str, np.ndarray]:  # `"text"` `[V, words]`, `"image"` `[V, 192]`; no image: the mean row
     "Compute features that need no training: bag of words and thumbnails."
-    texts = market.items.select(pl.concat_str("title", "description", "details", separator=" ",
-                                              ignore_nulls=True)).to_series()
-    words = texts.str.to_lowercase().str.extract_all(r"[a-z\-]+")
+    text = pl.concat_str("title", "description", "details", separator=" ", ignore_nulls=True)
+    words = market.items.select(text.str.to_lowercase().str.extract_all(r"[a-z\-]+")).to_series()
     row, column = np.repeat(np.arange(len(words)), words.list.len()), words.explode().rank("dense")
     holds = np.zeros((len(words), column.max()), dtype=np.float32)
     holds[row, column - 1] = 1
     images = np.full((len(words), 8 * 8 * 3), np.nan, dtype=np.float32)
     for row, names in enumerate(market.items["images"]):
-        if not len(names): continue
-        thumbnail = market.draw(names[0]).resize((8, 8), Image.Resampling.BOX)
-        images[row] = np.asarray(thumbnail).ravel()
+        if len(names): images[row] = np.ravel(market.draw(names[0]).resize((8, 8), Image.BOX))
     missing = np.isnan(images[:, 0])
     images[missing] = images[~missing].mean(0)
     return {"text": holds * np.log(len(words) / holds.sum(0)), "image": images}

@@ -136,47 +136,48 @@ def quiet_transformers():
         if bar: logging.enable_progress_bar()
 
 # %% ../../nbs/20_features.clip.ipynb #make-clip
+_VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, hidden_act="relu",
+               num_attention_heads=4, patch_size=16, image_size=64)
+_TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, hidden_act="relu",
+             num_attention_heads=2)
+
 def make_clip(
     tokenizer,  # tokenizer that the text tower will read with
     seed: int = 0,  # initial weights are a function of it and of their names
     **sizes,  # other sizes of the image tower, such as `num_hidden_layers=4`
 ) -> torch.nn.Module:  # `CLIPModel`, untrained, about half a million weights
     "Make a small CLIP whose initial weights do not depend on the version of transformers."
-    vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, image_size=64,
-                  num_attention_heads=4, patch_size=16, hidden_act="relu") | sizes
-    text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, hidden_act="relu",
-                num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
-                vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    with quiet_transformers():
-        model = transformers.CLIPModel(transformers.CLIPConfig(
-            vision_config=vision, text_config=text, projection_dim=96))
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
+               for name in ("pad", "bos", "eos")}
+    text = _TEXT | special | dict(
+        vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length)
+    towers = dict(vision_config=_VISION | sizes, text_config=text, projection_dim=96)
+    with quiet_transformers(): model = transformers.CLIPModel(transformers.CLIPConfig(**towers))
     _initialise(model, seed)
     return model
 
 # %% ../../nbs/20_features.clip.ipynb #initialise
+@torch.no_grad()
 def _initialise(model, seed):
     "Set all weights from `seed` and their names."
     for name, weight in model.named_parameters():
         generator = torch.Generator().manual_seed(derive_seed(seed, name))
-        with torch.no_grad():
-            if re.search(r"norm\d?\.", name): weight.fill_(float(name.endswith("weight")))
-            elif name == "logit_scale": weight.fill_(np.log(14.0))
-            elif name.endswith("bias"): weight.zero_()
-            elif "vision_model.embeddings.position" in name: weight.copy_(_waves(*weight.shape))
-            else:
-                spread = weight[0].numel() ** -0.5
-                if "out_proj" in name or "fc2" in name: spread = 0.5 * spread
-                if "embedding" in name and "patch" not in name: spread = 0.02
-                weight.normal_(0, spread, generator=generator)
+        if re.search(r"norm\d?\.", name): weight.fill_(float(name.endswith("weight")))
+        elif name == "logit_scale": weight.fill_(np.log(14.0))
+        elif name.endswith("bias"): weight.zero_()
+        elif "vision_model.embeddings.position" in name: weight.copy_(_waves(*weight.shape))
+        elif re.search("token_emb|position_emb|class_emb", name):
+            weight.normal_(0, 0.02, generator=generator)
+        else:
+            smaller = 0.5 if re.search("out_proj|fc2", name) else 1
+            weight.normal_(0, smaller * weight[0].numel() ** -0.5, generator=generator)
 
 # %% ../../nbs/20_features.clip.ipynb #waves
 def _waves(positions, size):
     "Make vectors `[positions, size]`: zeros, then sines and cosines of row and column."
-    side = int((positions - 1) ** 0.5)
+    side = torch.arange(int((positions - 1) ** 0.5))
     frequency = 100 ** -(torch.arange(size // 4) / (size // 4))
-    grid = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    row, column = (axis.reshape(-1, 1) * frequency for axis in grid)
+    row, column = (axis[:, None] * frequency for axis in torch.cartesian_prod(side, side).T)
     waves = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)
     return 0.5 * F.pad(waves, (0, 0, 1, 0))
 
@@ -186,15 +187,17 @@ def text_features(
     tokens: dict,  # what its tokenizer returned
 ) -> Tensor:  # `[N, D]`
     "Run the text tower and project into the shared space."
-    output = model.get_text_features(**tokens)
-    return output if isinstance(output, Tensor) else output.pooler_output
+    return _pooled(model.get_text_features(**tokens))
 
 def image_features(
     model,  # a `CLIPModel`, or another two-tower model of transformers
     pixels: Tensor,  # `[N, 3, height, width]`
 ) -> Tensor:  # `[N, D]`
     "Run the image tower and project into the shared space."
-    output = model.get_image_features(pixel_values=pixels)
+    return _pooled(model.get_image_features(pixel_values=pixels))
+
+def _pooled(output):
+    "Return the vectors of a tower's output, which is a tensor in older versions of transformers."
     return output if isinstance(output, Tensor) else output.pooler_output
 
 # %% ../../nbs/20_features.clip.ipynb #clip-loss
@@ -230,15 +233,16 @@ def caption_words(
     return [[word for word in row if counts[word] <= most * len(captions)] for row in words]
 
 # %% ../../nbs/20_features.clip.ipynb #train-step
+_PADDED = dict(padding=True, truncation=True, return_tensors="pt")  # how texts become tokens
+
 def _step_loss(model, tokenizer, pixels, captions, words):
     "Compute both losses of one batch."
     def embed(texts):
-        tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        return F.normalize(text_features(model, tokens.to(pixels.device)), dim=1)
+        tokens = tokenizer(texts, **_PADDED).to(pixels.device)
+        return F.normalize(text_features(model, tokens), dim=1)
     image_emb = F.normalize(image_features(model, pixels), dim=1)
     scale, vocabulary = model.logit_scale.exp(), sorted(set().union(*words))
-    named = [[word in some for word in vocabulary] for some in words]
-    named = torch.tensor(named, device=pixels.device)
+    named = torch.tensor([[w in some for w in vocabulary] for some in words]).to(pixels.device)
     of_captions = clip_loss(image_emb, embed(captions), scale)
     return of_captions, word_loss(image_emb, embed(vocabulary), named, scale)
 
@@ -335,8 +339,7 @@ def save_clip(
     "Save a trained CLIP as a checkpoint of transformers, its origin in the header of the weights."
     folder, parts = Path(folder), (train_clip, make_clip, word_loss, clip_loss, _initialise)
     code = [ast.dump(ast.parse(inspect.getsource(part))) for part in parts]  # comments do not count
-    state = run.model.state_dict()
-    weights = {name: weight.half().contiguous() for name, weight in state.items()}
+    weights = {name: w.half().contiguous() for name, w in run.model.state_dict().items()}
     origin = {"format": "pt", "code": fingerprint(code), "notes": json.dumps(notes),
               "origin": json.dumps(provenance())}
     with quiet_transformers():
@@ -415,9 +418,8 @@ def embed_texts(
     batch_size: int = 256,  # texts at once
 ) -> Tensor:  # `[N, D]`, rows of length 1
     "Embed texts in the shared space."
-    parts = [texts[start:start + batch_size] for start in range(0, len(texts), batch_size)]
-    options = dict(padding=True, truncation=True, return_tensors="pt")
-    rows = [text_features(model, tokenizer(part, **options)) for part in parts]
+    parts = (texts[start:start + batch_size] for start in range(0, len(texts), batch_size))
+    rows = [text_features(model, tokenizer(part, **_PADDED)) for part in parts]
     return F.normalize(torch.cat(rows), dim=1)
 
 # %% ../../nbs/20_features.clip.ipynb #plot-similarity
@@ -484,8 +486,7 @@ def attribute_accuracy(
     for attribute, values in WORDS.items():
         if attribute == "accent": continue
         names = [[f" {word} " for word in words] for words in values.values()]
-        def named_in(text): return [any(word in text for word in some) for some in names]
-        named = torch.tensor(list(map(named_in, plain)))
+        named = torch.tensor([[any(w in text for w in some) for some in names] for text in plain])
         rows = [embed_texts(model, tokenizer, list(words)).mean(0) for words in values.values()]
         answers = 2 if attribute == "colour" else 1
         cosines = image_rows @ F.normalize(torch.stack(rows), dim=1).T
@@ -502,13 +503,11 @@ def measure_clip(
     captions: list[str],  # `[N]` their captions
 ) -> dict[str, float]:  # recalls among 256, and accuracy by attribute
     "Measure retrieval and attribute words on held-out pairs."
-    image_rows, measured = embed_images(model, list(images)), {}
-    text_rows = embed_texts(model, tokenizer, captions)
+    image_rows, text_rows = embed_images(model, images), embed_texts(model, tokenizer, captions)
     of_images, of_texts = (rows.unflatten(0, (-1, 256)) for rows in (image_rows, text_rows))
     blocks = torch.bmm(of_images, of_texts.mT).numpy()
-    turned = blocks.swapaxes(1, 2)
-    for k in (1, 5):
-        for name, some in (("picture to caption", blocks), ("caption to picture", turned)):
-            recalls = [retrieval_recall(block, k) for block in some]
-            measured[f"{name} R@{k}"] = round(float(np.mean(recalls)), 4)
+    ways = {"picture to caption": blocks, "caption to picture": blocks.swapaxes(1, 2)}
+    recalls = {f"{way} R@{k}": np.mean([retrieval_recall(block, k) for block in some])
+               for k in (1, 5) for way, some in ways.items()}
+    measured = {name: round(float(recall), 4) for name, recall in recalls.items()}
     return measured | attribute_accuracy(model, tokenizer, image_rows, captions)
