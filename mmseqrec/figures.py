@@ -10,6 +10,7 @@ __all__ = ['COLORS', 'set_style', 'plot_lines', 'plot_bars', 'plot_heatmap', 'pl
 # %% ../nbs/02_figures.ipynb #imports
 import io
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -81,6 +82,8 @@ def plot_lines(
     return ax
 
 # %% ../nbs/02_figures.ipynb #plot-bars
+_WHISKER = {"ecolor": COLORS["ink"], "capsize": 2.5, "error_kw": {"elinewidth": 1}}
+
 def plot_bars(
     values: Mapping[str, float],  # name -> value
     intervals: Mapping[str, tuple] | None = None,  # name -> `(low, high)`, ends of the whisker
@@ -92,24 +95,21 @@ def plot_bars(
 ) -> plt.Axes:
     "Draw one horizontal bar a name, its value at the end, and a whisker for its interval."
     ax = _axes(ax, title, xlabel, "", figsize=(6.4, .5 + .36 * len(values)))
-    names, numbers = list(values), np.array(list(values.values()), float)
-    colors = {name: COLORS["neutral"] for name in names} | dict(colors or {})
-    ax.barh(names, numbers, color=[colors[name] for name in names], height=.66)
-    ends = numbers.copy()
+    numbers, whiskers = np.array(list(values.values()), float), {}
+    colors = [(colors or {}).get(name, COLORS["neutral"]) for name in values]
     if intervals:
         low, high = np.array([intervals.get(n, (v, v)) for n, v in values.items()], float).T
-        ax.errorbar(numbers, np.arange(len(names)), xerr=[numbers - low, high - numbers],
-                    fmt="none", ecolor=COLORS["ink"], elinewidth=1, capsize=2.5)
-        ends = np.maximum(ends, high)
-    text = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
-    for row, (value, end) in enumerate(zip(numbers, ends)):
-        ax.annotate(f"{value:.{digits}f}", (end, row), (4, 0), **text)
+        whiskers = {"xerr": [numbers - low, high - numbers], **_WHISKER}
+    bars = ax.barh(list(values), numbers, color=colors, height=.66, **whiskers)
+    ax.bar_label(bars, fmt=f"%.{digits}f", padding=4, fontsize=8.5)
     ax.invert_yaxis()
     ax.margins(x=.12)
     ax.grid(axis="y", visible=False)
     return ax
 
 # %% ../nbs/02_figures.ipynb #plot-heatmap
+_CELLS = {"annot_kws": {"size": 7.5}, "linewidths": .4, "cbar_kws": {"shrink": .8}}
+
 def plot_heatmap(
     values: np.ndarray,  # `[rows, columns]`
     row_names: Sequence[str] | None = None,  # `[rows]`
@@ -131,15 +131,13 @@ def plot_heatmap(
     if center is not None:
         span = np.nanmax(np.abs(values - center), initial=1e-12)
         colors = {"cmap": "vlag", "vmin": center - span, "vmax": center + span}
-    sns.heatmap(values, ax=ax, **colors, annot=digits is not None, fmt=f".{digits or 0}f",
-                annot_kws={"size": 7.5}, linewidths=.4, cbar_kws={"shrink": .8},
+    sns.heatmap(values, ax=ax, **colors, **_CELLS, annot=digits is not None, fmt=f".{digits or 0}f",
                 xticklabels="auto" if column_names is None else column_names,
                 yticklabels="auto" if row_names is None else row_names)
     is_long = max(map(len, column_names or [""])) >= 5
     ax.set(xlabel=xlabel, ylabel=ylabel)  # seaborn clears them
-    ax.tick_params(axis="x", rotation=35 if is_long else 0, length=0)
-    ax.tick_params(axis="y", rotation=0, length=0)
-    if is_long: plt.setp(ax.get_xticklabels(), horizontalalignment="right")
+    ax.tick_params(rotation=0, length=0)
+    if is_long: plt.setp(ax.get_xticklabels(), rotation=35, horizontalalignment="right")
     return ax
 
 # %% ../nbs/02_figures.ipynb #no-image
@@ -165,27 +163,27 @@ def plot_images(
     figsize = n_cols * (size + .06), n_rows * height + (.3 if title else 0)
     fig, axes = plt.subplots(n_rows, n_cols, figsize=figsize, squeeze=False)
     for ax in axes.flat: ax.axis("off")
-    for number, (ax, image) in enumerate(zip(axes.flat, images)):
+    for ax, image, label, color in zip(axes.flat, images, titles or repeat(""),
+                                       border_colors or repeat(None)):
         if isinstance(image, (str, Path)): image = Image.open(image).convert("RGB")
         if image is None: _no_image(ax)
         else: ax.imshow(np.asarray(image), interpolation="antialiased")
-        label = titles[number] if titles else ""
         ax.text(.5, -.05, label, ha="center", va="top", fontsize=7, transform=ax.transAxes)
-        color = None if border_colors is None else border_colors[number]
         frame = {"fill": False, "linewidth": 3, "edgecolor": color, "transform": ax.transAxes}
         if color is not None: ax.add_patch(plt.Rectangle((0, 0), 1, 1, **frame))
     if title: fig.suptitle(title, x=.01, ha="left", fontsize=10.5, fontweight="bold")
     return fig
 
 # %% ../nbs/02_figures.ipynb #figure-to-png
+_PNG = {"format": "png", "bbox_inches": "tight", "facecolor": "white",
+        "metadata": {"Software": None}}
+
 def figure_to_png(
     figure: plt.Figure | plt.Axes,  # what a `plot_*` function returned
     dpi: int = 110,  # dots an inch
 ) -> bytes:  # a PNG file
     "Render a figure to PNG bytes and close it."
-    figure = figure if isinstance(figure, plt.Figure) else figure.figure
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white",
-                   metadata={"Software": None})
+    figure, buffer = figure.figure, io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, **_PNG)
     plt.close(figure)
     return buffer.getvalue()

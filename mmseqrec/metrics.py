@@ -20,19 +20,20 @@ import torch
 from torch import Tensor
 
 from .core import check_shape, derive_seed
-from .figures import COLORS, plot_lines
+from .figures import COLORS, _axes, plot_lines
 
 # %% ../nbs/41_metrics.ipynb #ranks-from-counts
+_TIES = {"mean": 0.5, "best": 0.0, "worst": 1.0}  # share of the ties that stand before the target
+
 def ranks_from_counts(
     greater: Tensor,  # `[T]` number of items that score higher than the target
     ties: Tensor,  # `[T]` number of other items with the target's score
     ties_rule: str = "mean",  # `"mean"`, `"best"` or `"worst"`
 ) -> Tensor:  # `[T]` float64 ranks, 1 is best; with the mean rule they may end in .5
     "Turn counts into ranks. Raises `ValueError` for an unknown rule."
-    shares = {"mean": 0.5, "best": 0.0, "worst": 1.0}
-    if ties_rule not in shares:
-        raise ValueError(f"ties_rule must be one of {', '.join(shares)}, got {ties_rule!r}")
-    return 1 + greater.double() + shares[ties_rule] * ties.double()
+    if ties_rule not in _TIES:
+        raise ValueError(f"ties_rule must be one of {', '.join(_TIES)}, got {ties_rule!r}")
+    return 1 + greater.double() + _TIES[ties_rule] * ties.double()
 
 # %% ../nbs/41_metrics.ipynb #metrics
 def recall_at_k(
@@ -177,12 +178,11 @@ def plot_intervals(
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw the mean of each entry with its bootstrap interval."
-    if ax is None: _, ax = plt.subplots(figsize=(6.4, 0.8 + 0.4 * len(values)))
+    ax = _axes(ax, title, xlabel, "", figsize=(6.4, 0.8 + 0.4 * len(values)))
     for row, value in enumerate(values.values()):
         ax.plot(bootstrap_interval(value, seed=seed), [row, row], color=COLORS["text"], linewidth=2)
         ax.plot(_as_array(value).mean(), row, "o", color=COLORS["text"])
-    ax.set(title=title, xlabel=xlabel, yticks=range(len(values)), yticklabels=list(values),
-           ylim=(len(values) - 0.5, -0.5))
+    ax.set(yticks=range(len(values)), yticklabels=values, ylim=(len(values) - 0.5, -0.5))
     return ax
 
 # %% ../nbs/41_metrics.ipynb #student
@@ -222,15 +222,13 @@ def expected_sampled_recall(
     """
     ranks = ranks.double()[:, None]
     if (ranks != ranks.round()).any() or (ranks < 1).any() or (ranks > n_items).any():
-        raise ValueError(f"ranks must be whole numbers in 1..{n_items}; rank with ties_rule='best' "
-                         "or 'worst'")
+        raise ValueError(f"ranks must be whole numbers in 1..{n_items}: try ties_rule='best'")
     if not replacement and n_negatives > n_items - 1:
         raise ValueError(f"cannot draw {n_negatives} different negatives from {n_items - 1} items")
     x = torch.arange(k, dtype=torch.float64, device=ranks.device)  # better items in the sample
     others, drawn = torch.full_like(ranks, n_items - 1), torch.full_like(ranks, n_negatives)
-    share, rest = (ranks - 1) / others, (drawn - x).clamp(min=0)
-    if replacement:
-        logs = _log_choose(drawn, x) + torch.xlogy(x, share) + torch.xlogy(rest, 1 - share)
+    p, rest = (ranks - 1) / others, (drawn - x).clamp(min=0)
+    if replacement: logs = _log_choose(drawn, x) + torch.xlogy(x, p) + torch.xlogy(rest, 1 - p)
     else:
         ways = _log_choose(ranks - 1, x) + _log_choose(others - ranks + 1, drawn - x)
         logs = ways - _log_choose(others, drawn)
@@ -245,11 +243,15 @@ def plot_sampled_recall(
 ) -> plt.Axes:
     "Draw what a true rank is worth in Recall@k, on all items and on samples."
     ranks = torch.unique(torch.logspace(0, math.log10(n_items), 300).round().long())
-    lines = {f"all {n_items:,} items": recall_at_k(ranks, k)}
-    lines |= {f"{n} negatives": expected_sampled_recall(ranks, n_items, n, k) for n in n_negatives}
-    ax = plot_lines({name: (ranks, values) for name, values in lines.items()}, ax=ax,
-                    title=f"What a rank is worth in Recall@{k}", xlabel="true rank of the target",
-                    ylabel=f"expected Recall@{k}")
+    lines = {f"all {n_items:,} items": (ranks, recall_at_k(ranks, k))}
+    for n in n_negatives:
+        lines[f"{n} negatives"] = ranks, expected_sampled_recall(ranks, n_items, n, k)
+    title = f"What a rank is worth in Recall@{k}"
+    return _plot_expected(lines, k, title, "true rank of the target", ax)
+
+def _plot_expected(lines, k, title, xlabel, ax):
+    "Draw lines of an expected Recall@k over a logarithmic axis."
+    ax = plot_lines(lines, title=title, xlabel=xlabel, ylabel=f"expected Recall@{k}", ax=ax)
     ax.set_xscale("log")
     return ax
 
@@ -266,10 +268,8 @@ def plot_sampled_models(
         rank, count = values.unique(return_counts=True)  # many queries share a rank
         recalls = [expected_sampled_recall(rank, n_items, int(n), k) for n in sizes]
         lines[name] = sizes, [(recall * count).sum() / len(values) for recall in recalls]
-    ax = plot_lines(lines, title="The order depends on the sample", ylabel=f"expected Recall@{k}",
-                    xlabel="sampled negatives (right end: all items)", ax=ax)
-    ax.set_xscale("log")
-    return ax
+    xlabel = "sampled negatives (right end: all items)"
+    return _plot_expected(lines, k, "The order depends on the sample", xlabel, ax)
 
 # %% ../nbs/41_metrics.ipynb #count-better
 def count_better(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import check_shape
-from ..figures import COLORS, plot_images
+from ..figures import COLORS, _axes, plot_images
 
 # %% ../../nbs/34_blocks.interests.ipynb #plot-clusters
 def plot_clusters(
@@ -32,12 +32,12 @@ def plot_clusters(
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw tokens of two numbers, coloured by cluster."
-    if ax is None: ax = plt.subplots(figsize=(3.4, 3))[1]
+    ax = _axes(ax, title, "", "", figsize=(3.4, 3))
     colors = COLORS["id"] if cluster is None else plt.get_cmap("tab20")(np.asarray(cluster) % 20)
     ax.scatter(*np.asarray(tokens).T, c=colors, s=9, linewidths=0)
     if centers is not None:
         ax.scatter(*np.asarray(centers).T, c=COLORS["ink"], s=60, marker="x", linewidths=2)
-    ax.set(title=title, xticks=[], yticks=[], aspect="equal")
+    ax.set(xticks=[], yticks=[], aspect="equal")
     return ax
 
 # %% ../../nbs/34_blocks.interests.ipynb #count
@@ -57,12 +57,11 @@ def plot_decision_graph(
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw density against distance to the next denser token; the peaks in the accent colour."
-    if ax is None: ax = plt.subplots(figsize=(3.6, 3))[1]
+    ax = _axes(ax, "Decision graph", "density", "distance to the next denser", figsize=(3.6, 3))
     density, delta = log_density.exp().cpu().numpy(), delta.cpu().numpy()
     peaks = np.argsort(-(density * delta), kind="stable")[:n_clusters]
     ax.scatter(density, delta, s=9, color=COLORS["neutral"], linewidths=0)
     ax.scatter(density[peaks], delta[peaks], s=28, color=COLORS["accent"])
-    ax.set(title="Decision graph", xlabel="density", ylabel="distance to the next denser")
     return ax
 
 # %% ../../nbs/34_blocks.interests.ipynb #tables
@@ -120,24 +119,26 @@ def _blocks(width, block, *columns):
     return zip(*(column.split(n_rows) for column in columns))
 
 # %% ../../nbs/34_blocks.interests.ipynb #nearest
-def _nearest(tokens, centers, block=None, rows=None):
-    "Find the nearest centre of each token, or of some `rows`: `(cluster [N], squares [N])`."
+def _nearest(tokens, centers, block=None):
+    "Find the nearest centre of each token, and the squared distance: `(cluster [N], squares [N])`."
     shift = centers.mean(0)  # changes no distance, and keeps rounding errors small
     centers = centers - shift
-    half, asked = centers.square().sum(1) / 2, tokens if rows is None else rows
-    cluster = torch.empty(len(asked), dtype=torch.long, device=tokens.device)
-    squares = tokens.new_empty(len(asked))
-    for x, which, least in _blocks(max(centers.shape), block, asked, cluster, squares):
-        x = (x if rows is None else tokens[x]) - shift
+    half, squares = centers.square().sum(1) / 2, tokens.new_empty(len(tokens))
+    cluster = torch.empty_like(squares, dtype=torch.long)
+    for x, which, least in _blocks(max(centers.shape), block, tokens, cluster, squares):
+        x = x - shift
         # autocast does not touch the precision of `addmm_`
         torch.min(half.repeat(len(x), 1).addmm_(x, centers.T, alpha=-1), 1, out=(least, which))
         least.mul_(2).add_(x.square().sum(1)).clamp_(min=0)
     return cluster, squares
 
 # %% ../../nbs/34_blocks.interests.ipynb #finite
-def _is_finite(tokens):
-    "Tell of each token `[..., D]` whether all its numbers are finite, in little memory."
-    return torch.linalg.vector_norm(tokens, torch.inf, dim=-1).isfinite()
+def _check_finite(tokens, name, there=True):
+    "Raise `ValueError` if one of `tokens` `[..., D]` is there and not finite; `name` it by its row."
+    largest = torch.linalg.vector_norm(tokens, torch.inf, dim=-1)  # in little memory
+    if not len(wrong := (there & ~largest.isfinite()).nonzero()): return
+    name = name.format(*wrong[0].tolist())
+    raise ValueError(f"{name} holds a number that is not finite; correct it or mark it as missing")
 
 # %% ../../nbs/34_blocks.interests.ipynb #check
 def _check_tokens(tokens, n_clusters):
@@ -145,23 +146,15 @@ def _check_tokens(tokens, n_clusters):
     n = len(check_shape(tokens, "N D"))
     if n_clusters < 1 or not n:
         raise ValueError(f"need at least one token and one cluster, got {n} and {n_clusters}")
-    if len(wrong := (~_is_finite(tokens)).nonzero()):
-        raise ValueError(f"token {int(wrong[0])} holds a number that is not finite; "
-                         "leave it out or mark it as missing")
+    _check_finite(tokens, "token {}")
     return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 # %% ../../nbs/34_blocks.interests.ipynb #distinct
 def _distinct(tokens):
     "Find `(first [n], row [N])`: `tokens[first]` differ, and `tokens[first[row]]` are `tokens`."
-    N, D = tokens.shape
-    generator, keys = torch.Generator().manual_seed(0), tokens.new_empty(N, dtype=torch.long)
-    factors = torch.randint(-2**62, 2**62, (D,), generator=generator).to(tokens.device)
-    whole = torch.int64 if tokens.element_size() * D % 8 == 0 else torch.int32  # two floats at once
-    for part, key in _blocks(D, None, tokens, keys):
-        bits = (part + 0.0).contiguous().view(whole).long() * 0x9E3779B97F4A7C1
-        torch.sum((bits ^ bits >> 29) * factors[:bits.shape[1]], 1, out=key)
-    # other rows have another key, but for a chance of about 1 in 2**64
-    _, first, row = np.unique(keys.cpu(), return_index=True, return_inverse=True)
+    values = (tokens + 0.0).contiguous().cpu().numpy()
+    rows = values.view(f"V{values[0].nbytes}")[:, 0]  # a row's bytes as one value
+    _, first, row = np.unique(rows, return_index=True, return_inverse=True)
     order = first.argsort()
     found = first[order], order.argsort()[row]
     return tuple(torch.from_numpy(x).to(tokens.device) for x in found)
@@ -186,9 +179,8 @@ def _draw_centers(tokens, counts, n_clusters, seed, block):
 def _mean_of_clusters(tokens, counts, cluster, n_clusters):
     "Average the tokens of each cluster `[C, D]`, each as often as it counts; none may be empty."
     order, sizes = cluster.argsort(stable=True), cluster.bincount(minlength=n_clusters)
-    weights = counts[order].to(tokens.dtype)
-    sums = F.embedding_bag(order, tokens, sizes.cumsum(0) - sizes, mode="sum",
-                           per_sample_weights=weights)
+    starts, weights = sizes.cumsum(0) - sizes, counts[order].to(tokens.dtype)
+    sums = F.embedding_bag(order, tokens, starts, mode="sum", per_sample_weights=weights)
     return sums / torch.zeros_like(sizes).index_add_(0, cluster, counts)[:, None]
 
 # %% ../../nbs/34_blocks.interests.ipynb #fill-empty
@@ -212,9 +204,9 @@ def _nearest_again(tokens, centers, old, cluster, squares, block):
     n_compared = len(rows) * len(centers) + len(rest) * len(new)
     if 4 * n_compared > 3 * len(tokens) * len(centers): return _nearest(tokens, centers, block)
     cluster, squares = cluster.clone(), squares.clone()
-    if len(rows): cluster[rows], squares[rows] = _nearest(tokens, centers, block, rows)
+    cluster[rows], squares[rows] = _nearest(tokens[rows], centers, block)
     if len(rest) and len(new):
-        near, least = _nearest(tokens, centers[new], block, rest)
+        near, least = _nearest(tokens[rest], centers[new], block)
         is_first = (least == squares[rest]) & (new[near] < cluster[rest])
         closer = (least < squares[rest]) | is_first
         cluster[rest[closer]], squares[rest[closer]] = new[near][closer], least[closer]
@@ -253,10 +245,9 @@ def density_peaks(
     block: int | None = None,  # numbers held at once; by default 2**20 on a CPU, 2**24 elsewhere
 ) -> tuple[Tensor, Tensor]:  # logarithm of the density, distance to the next denser token: `[N]`
     "Measure how dense it is around each token, and how far the next denser one is (DPC-kNN)."
-    tokens = _check_tokens(tokens, 1)
-    k = count_interests(len(tokens), .1) if n_neighbours is None else n_neighbours
-    if not 1 <= k <= len(tokens):
-        raise ValueError(f"n_neighbours must be from 1 to {len(tokens)}, got {k}")
+    N = len(tokens := _check_tokens(tokens, 1))
+    k = count_interests(N, .1) if n_neighbours is None else n_neighbours
+    if not 1 <= k <= N: raise ValueError(f"n_neighbours must be from 1 to {N}, got {k}")
     first, row = _distinct(tokens)
     log_density, largest = _log_density(tokens[first], tokens, k, block)
     order = log_density.argsort(descending=True, stable=True)  # of equals the first is denser
@@ -322,10 +313,7 @@ def _present(tokens, missing_modality_mask):
     shape = dict(zip(("V+1", "M"), check_shape(tokens, "V+1 M D").shape))
     there = ~check_shape(missing_modality_mask, "V+1 M", **shape)
     there[0] = False
-    if len(wrong := (there & ~_is_finite(tokens)).nonzero()):
-        row, modality = wrong[0].tolist()
-        raise ValueError(f"the token of item {row}, modality {modality} holds a number that is not "
-                         "finite; correct it or mark it as missing")
+    _check_finite(tokens, "the token of item {}, modality {}", there)
     return there
 
 # %% ../../nbs/34_blocks.interests.ipynb #assign
@@ -348,8 +336,8 @@ def assign_interests(
 def _training_mask(training_items, there):
     "Mark the rows of training items `[V+1, 1]`; raise `ValueError` for what is no item."
     last = len(there) - 1
-    if training_items is None: training_items = torch.arange(1, last + 1)
-    ids = torch.as_tensor(training_items, device=there.device)
+    ids = torch.arange(1, last + 1) if training_items is None else torch.as_tensor(training_items)
+    ids = ids.to(there.device)
     if len(wrong := ids[(ids < 1) | (ids > last)]):
         raise ValueError(f"training_items holds {wrong[0]}, but must hold rows from 1 to {last}")
     return torch.zeros_like(there[:, :1]).index_fill_(0, ids.long(), True)
@@ -366,15 +354,14 @@ def discover_interests(
     include_missing: bool = False,  # missing tokens take part, as in the released code
 ) -> InterestTables:
     "Cluster tokens of training items; the others get the nearest interest. Raises `ValueError`."
-    methods = {"kmeans": partial(cluster_kmeans, seed=seed), "dpc_knn": cluster_dpc_knn}
-    if method not in methods:
-        raise ValueError(f"method must be 'kmeans' or 'dpc_knn', got {method!r}")
+    ways = {"kmeans": partial(cluster_kmeans, seed=seed), "dpc_knn": cluster_dpc_knn}
+    if method not in ways: raise ValueError(f"method must be 'kmeans' or 'dpc_knn', got {method!r}")
     if include_missing: missing_modality_mask = torch.zeros_like(missing_modality_mask)
     there = _present(tokens, missing_modality_mask)
     rows = (there & _training_mask(training_items, there)).nonzero(as_tuple=True)
-    if not len(rows[0]):
-        raise ValueError("no training item has a token; give features or other training_items")
-    centers, cluster = methods[method](tokens[rows], count_interests(len(rows[0]), ratio))
+    n = len(rows[0])
+    if not n: raise ValueError("no training item has a token; give features or other training_items")
+    centers, cluster = ways[method](tokens[rows], count_interests(n, ratio))
     vectors = F.pad(centers, (0, 0, 1, 0))
     of_item = assign_interests(tokens, missing_modality_mask, vectors)
     if method == "dpc_knn": of_item[rows] = cluster + 1  # of the nearest peak

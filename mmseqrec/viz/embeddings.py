@@ -80,6 +80,8 @@ def spread_out(
     return np.array(kept, int)
 
 # %% ../../nbs/44_viz.embeddings.ipynb #picture-map
+_FRAME = {"edgecolor": COLORS["neutral"], "linewidth": .5}
+
 def plot_picture_map(
     points: np.ndarray,  # `[N, 2]`
     images: Sequence,  # N PIL images, arrays or file names; `None` draws a dot
@@ -89,25 +91,26 @@ def plot_picture_map(
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw images at their points, leaving out those that would overlap."
-    if ax is None: ax = plt.subplots(figsize=(7.2, 5))[1]
+    ax = _axes(ax, title, "", "", figsize=(7.2, 5))
     ax.scatter(*points.T, s=5, color=COLORS["neutral"], linewidths=0)
-    frame = {"edgecolor": COLORS["neutral"], "linewidth": .5}
     for index in spread_out(points, distance):
         if (image := images[index]) is None: continue
         small = OffsetImage(open_image(image).resize((2 * pixels, 2 * pixels)), zoom=.5)
-        ax.add_artist(AnnotationBbox(small, points[index], pad=.05, bboxprops=frame))
-    ax.set(title=title, xticks=[], yticks=[])
-    ax.margins(.06)
+        ax.add_artist(AnnotationBbox(small, points[index], pad=.05, bboxprops=_FRAME))
+    ax.set(xticks=[], yticks=[], xmargin=.06, ymargin=.06)
     return ax
 
 # %% ../../nbs/44_viz.embeddings.ipynb #modality-gap
+def _unit(x):
+    "Scale vectors `[N, D]` to length one."
+    return x / np.linalg.norm(np.asarray(x, float), axis=1, keepdims=True).clip(1e-12)
+
 def modality_gap(
     text_emb: np.ndarray,  # `[N, D]`
     image_emb: np.ndarray,  # `[N, D]`, the same space
 ) -> dict[str, float]:  # `"gap"` 0 to 2; mean cosines `"matching"`, `"other"`, `"text"`, `"image"`
     "Measure how far texts and images lie apart, after scaling all vectors to length one."
-    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
-    t, i = unit(np.asarray(text_emb, float)), unit(np.asarray(image_emb, float))
+    t, i = _unit(text_emb), _unit(image_emb)
     n, matching = len(t), float((t * i).sum())
     def mean_cosine(a, b, same): return (float(a.sum(0) @ b.sum(0)) - same) / (n * (n - 1))
     return {"gap": float(np.linalg.norm(t.mean(0) - i.mean(0))), "matching": matching / n,
@@ -123,8 +126,7 @@ def plot_modality_gap(
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw texts and images of the same items in one PCA map."
-    both = np.concatenate([text_emb, image_emb]).astype(float)
-    points, share = pca_2d(both / np.linalg.norm(both, axis=1, keepdims=True).clip(1e-12))
+    points, share = pca_2d(_unit(np.concatenate([text_emb, image_emb])))
     names = [f"axis 1 ({share[0]:.0%} of the variance)", f"axis 2 ({share[1]:.0%})"]
     ax = _axes(ax, title, *names, figsize=(6.4, 3.6))
     pairs = points.reshape(2, -1, 2)
