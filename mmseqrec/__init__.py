@@ -20,7 +20,7 @@ PUBLIC = {  # module -> the names that `import mmseqrec as mm` offers
     "features.encoders": "Catalogue build_catalogue catalogue_from_arrays load_image_encoder load_text_encoder "
                          "nearest_items resolve_encoders",
     "features.keywords": "Keywords keyword_catalogue keyword_vocabulary load_word_encoder plot_keywords top_words",
-    "blocks.layers": "AttentionPooling ContentEmbedding MixtureOfExperts SequenceEncoder TransformerBlock "
+    "blocks.layers": "AttentionPooling MixtureOfExperts SequenceEncoder TransformerBlock "
                      "WhiteningExperts init_weights",
     "blocks.augment": "cloze drop_items swap_streams",
     "blocks.losses": "full_softmax_cross_entropy info_nce interest_diversity same_target_mask",
@@ -28,7 +28,7 @@ PUBLIC = {  # module -> the names that `import mmseqrec as mm` offers
                           "sequence_sequence_loss",
     "blocks.interests": "Interests cluster_dpc_knn cluster_kmeans discover_interests",
     "blocks.interest_decoder": "InterestEncoderDecoder",
-    "blocks.towers": "IDEmbedding next_item_softmax read_histories take_positions",
+    "blocks.towers": "ContentEmbedding IDEmbedding next_item_softmax read_histories take_positions",
     "recommender": "Items Recommendation Recommender export_vectors released_quirks top_items transfer_weights",
     "metrics": "bootstrap_interval coverage_at_k map_at_k mean_interval mrr ndcg_at_k novelty paired_interval "
                "precision_at_k rank_of_target recall_at_k",

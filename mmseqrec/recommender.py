@@ -6,8 +6,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/recommender.html.md"""
 
 # %% auto #0
 __all__ = ['FOLLOWING_SIZES', 'Items', 'Recommender', 'asked_rows', 'follow_catalogue', 'fit_parts', 'encode_catalogue',
-           'catalogue_cross_entropy', 'transfer_weights', 'released_quirks', 'Recommendation', 'top_items',
-           'export_vectors']
+           'catalogue_cross_entropy', 'transfer_weights', 'released_quirks', 'check_pretraining', 'Recommendation',
+           'top_items', 'export_vectors']
 
 # %% ../nbs/40_recommender.ipynb #imports
 import json
@@ -19,9 +19,9 @@ from importlib import import_module
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -70,7 +70,7 @@ class Recommender(nn.Module, PyTorchModelHubMixin):
         self,
         catalogue: Catalogue,  # items and features to recommend from now on
     ) -> "Recommender":  # the recommender itself
-        "Swap the items; weights that belong to no single item stay. Raises `ValueError` if features do not fit."
+        "Swap the items; all other weights stay. Raises `ValueError` if features do not fit."
         return follow_catalogue(self, catalogue)
 
     def start_epoch(
@@ -196,22 +196,14 @@ def encode_catalogue(
     items_at_once: int = 1 << 13,  # items in the tower at once
 ) -> Items:  # all items, 1..V
     "Run the item tower over the whole catalogue, a piece at a time, without gradients."
-    n_items = model.catalogue.n_items
-    if n_items <= items_at_once: return model.encode_items()
-    found, ids = None, asked_rows(model)
-    for rows in torch.arange(n_items).split(items_at_once):
-        part, some = model.encode_items(ids[rows[0]:rows[-1] + 1]), slice(rows[0], rows[-1] + 1)
-        if found is None: found = _room_for(part, ids)
-        found.vectors[some] = part.vectors
-        if part.missing_stream_mask is not None:
-            found.missing_stream_mask[some] = part.missing_stream_mask
-    return found
-
-def _room_for(part, ids):
-    "Make room for the vectors of items `ids` that look like `part`, some of them."
-    absent = part.missing_stream_mask
-    vectors = part.vectors.new_empty(len(ids), *part.vectors.shape[1:])
-    return Items(vectors, ids, None if absent is None else absent.new_empty(len(ids), absent.shape[1]))
+    ids, wholes = asked_rows(model), None
+    if len(ids) <= items_at_once: return model.encode_items()
+    for start in range(0, len(ids), items_at_once):
+        part = model.encode_items(ids[start:start + items_at_once])
+        parts = [x for x in (part.vectors, part.ids, part.missing_stream_mask) if x is not None]
+        if wholes is None: wholes = [x.new_empty(len(ids), *x.shape[1:]) for x in parts]
+        for whole, x in zip(wholes, parts): whole[start:start + len(x)] = x
+    return Items(*wholes)
 
 # %% ../nbs/40_recommender.ipynb #catalogue-cross-entropy
 def catalogue_cross_entropy(
@@ -225,6 +217,8 @@ def catalogue_cross_entropy(
     return full_softmax_cross_entropy(sequence, items.vectors, target, model.temperature, score)
 
 # %% ../nbs/40_recommender.ipynb #transfer-weights
+_REMEDY = "build both with the same sizes, or name what to leave out in except_for"
+
 @torch.no_grad()
 def transfer_weights(
     source: Recommender,  # trained, of the same sizes
@@ -239,10 +233,9 @@ def transfer_weights(
     wanted = [name for name in own if not name.startswith(except_for)]
     for name in wanted:
         if name in given and given[name].shape == own[name].shape: continue
-        found = f"has {tuple(given[name].shape)}" if name in given else "has none"
-        raise ValueError(f"{name} of the target has shape {tuple(own[name].shape)}, the source "
-                         f"{found}; build both with the same sizes, or name what to leave out "
-                         "in except_for")
+        found = tuple(given[name].shape) if name in given else "none"
+        raise ValueError(f"{name} of the target has shape {tuple(own[name].shape)}, the source has "
+                         f"{found}; {_REMEDY}")
     for name in wanted: own[name].copy_(given[name])
     return target
 
@@ -256,6 +249,20 @@ def released_quirks(
     unknown = sorted(names - set(known))
     if unknown: raise ValueError(f"released names {unknown}, but this system has {list(known)}")
     return frozenset(names)
+
+# %% ../nbs/40_recommender.ipynb #check-pretraining
+def check_pretraining(
+    model: Recommender,
+    dropped_texts: Tensor | None = None,  # features of texts with words left out
+) -> None:
+    "Raise `NotImplementedError` in the transductive mode, `ValueError` if word drop has no texts."
+    name = type(model).__name__
+    if not model.has_pretraining:
+        raise NotImplementedError(f"{name} with learned item vectors has no pre-training; "
+                                  f"pre-train {name}(transductive=False) and transfer_weights")
+    if model.disturbance.get("word_drop_share", 0) > 0 and dropped_texts is None:
+        raise ValueError("word drop needs texts with fewer words: build_catalogue(..., word_drop=0.15"
+                         f"), or set word_drop_share=0: {name}(..., word_drop_share=0)")
 
 # %% ../nbs/40_recommender.ipynb #recommendation
 @dataclass(frozen=True)
@@ -275,33 +282,30 @@ def top_items(
     max_elements: int = 1 << 24,  # scores held at once
 ) -> tuple[Tensor, Tensor]:  # `[N, k]` catalogue rows and `[N, k]` scores, best first
     "Rank the whole catalogue for each history and keep the first k items."
-    items, best_ids, best_scores = encode_catalogue(model), [], []
+    items, found = encode_catalogue(model), []
     step = min(1024, max(1, max_elements // len(items)))
     for start in range(0, len(histories), step):
         part = histories[start:start + step]
         batch = collate(part, model.max_len).to(model.device)
         scores = model.score(model.encode_sequence(batch), items).float()
         if exclude_seen:
-            row = torch.arange(len(part)).repeat_interleave(torch.tensor([len(h) for h in part]))
-            scores[row, torch.tensor([i for h in part for i in h]) - 1] = -torch.inf
+            for row, history in zip(scores, part): row[torch.tensor(history) - 1] = -torch.inf
         if scores.amax(1).isnan().any():
             raise ValueError("scores hold NaN, which has no rank: check the model's weights")
         best = scores.topk(min(k, len(items)))
-        best_ids.append(items.ids[best.indices].cpu())
-        best_scores.append(best.values.cpu())
-    return torch.cat(best_ids), torch.cat(best_scores)
+        found.append((items.ids[best.indices].cpu(), best.values.cpu()))
+    ids, scores = zip(*found)
+    return torch.cat(ids), torch.cat(scores)
 
 # %% ../nbs/40_recommender.ipynb #answer
 def _check_histories(model, histories, k):
     "Return histories as lists of strings; raise `ValueError` for what cannot be answered."
-    if model.catalogue is None:
-        raise ValueError("there are no items to recommend: call set_catalogue first")
+    if model.catalogue is None: raise ValueError("there are no items: call set_catalogue first")
     if k < 1: raise ValueError(f"k must be at least 1, got {k}")
     histories = list(histories)
-    if any(isinstance(history, str) for history in histories):
-        raise ValueError("histories must be a list of lists of item tokens; "
-                         "write recommend([history]) for one")
-    return [list(map(str, history)) for history in histories]
+    if not any(isinstance(history, str) for history in histories):
+        return [list(map(str, history)) for history in histories]
+    raise ValueError("write recommend([history]) for one: histories are a list of lists of tokens")
 
 def _answer(
     model: Recommender,
@@ -310,7 +314,8 @@ def _answer(
     exclude_seen: bool = False,  # leave out items of the history
 ) -> list[Recommendation]:  # one for each history, in the same order
     "Recommend items by token, see `Recommender.recommend`."
-    tokens, row_of = _check_histories(model, histories, k), getattr(model, "_row_of", {})
+    tokens = _check_histories(model, histories, k)
+    row_of = model._row_of
     answers = [Recommendation([], [], [t for t in some if t not in row_of]) for some in tokens]
     rows = [[row_of[t] for t in some if t in row_of] for some in tokens]
     known = [number for number, history in enumerate(rows) if history]
@@ -318,21 +323,21 @@ def _answer(
     was_training = model.training
     try: found = top_items(model.eval(), [rows[number] for number in known], k, exclude_seen)
     finally: model.train(was_training)
-    for number, ids, scores in zip(known, *(part.tolist() for part in found)):
-        kept = [(i, score) for i, score in zip(ids, scores) if score > -torch.inf]
-        answers[number].items.extend(model.catalogue.item_tokens[i] for i, _ in kept)
-        answers[number].scores.extend(score for _, score in kept)
+    for number, ids, scores in zip(known, *found):
+        kept = scores > -torch.inf
+        answers[number].items.extend(model.catalogue.item_tokens[i] for i in ids[kept].tolist())
+        answers[number].scores.extend(scores[kept].tolist())
     return answers
 
 # %% ../nbs/40_recommender.ipynb #save-recommender
 FOLLOWING_SIZES = ("n_items", "n_interests", "n_transitions")  # follow catalogue and training
+_HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 def _current_config(model):
     "Return the constructor's arguments as they are now, and the name of the class."
     config = dict(model._hub_mixin_config or {})
-    for part in model.children():
-        follows = [name for name in FOLLOWING_SIZES if name in config and hasattr(part, name)]
-        config |= {name: getattr(part, name) for name in follows}
+    sizes = [name for name in FOLLOWING_SIZES if name in config]
+    for part in model.children(): config |= {n: getattr(part, n, config[n]) for n in sizes}
     return config | {"recommender": type(model).__name__}
 
 def _save(
@@ -352,11 +357,9 @@ def _save(
 # %% ../nbs/40_recommender.ipynb #load-recommender
 def _class_named(name, cls):
     "Find a recommender by its name: `cls`, any that is defined, or one of mmseqrec."
-    found, todo = {}, [cls, Recommender]
-    while todo:
-        found.setdefault(todo[-1].__name__, todo[-1])
-        todo.extend(todo.pop().__subclasses__())
-    kind = found.get(name) or getattr(import_module("mmseqrec"), name, None)
+    def family(kind): return [kind, *(x for child in kind.__subclasses__() for x in family(child))]
+    known = {kind.__name__: kind for kind in [*family(Recommender), cls]}
+    kind = known.get(name) or getattr(import_module("mmseqrec"), name, None)
     if isinstance(kind, type) and issubclass(kind, Recommender): return kind
     raise ValueError(f"config.json names the recommender {name!r}, which is not known here; "
                      "import the module that defines it first")
@@ -369,8 +372,8 @@ def _with_new_names(kind, config, weights):
         if old in config and config.pop(old) == value: quirks.extend(names)
     if quirks: config["released"] = quirks
     for old, new in table.get("weights", {}).items():
-        here = [name for name in weights if name.startswith(old)]
-        for name in here: weights[new + name.removeprefix(old)] = weights.pop(name)
+        for name in [name for name in weights if name.startswith(old)]:
+            weights[new + name.removeprefix(old)] = weights.pop(name)
     return config, weights
 
 def _load(
@@ -382,10 +385,9 @@ def _load(
     "Build what `save_pretrained` wrote. Raises `ValueError` for a class that is not known."
     folder = Path(model_id)
     if not folder.is_dir():
-        keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        given = {key: options[key] for key in keys if key in options}
-        patterns = ["*.safetensors", "*.json"]
-        folder = Path(huggingface_hub.snapshot_download(model_id, allow_patterns=patterns, **given))
+        given = {key: options[key] for key in _HUB_OPTIONS if key in options}
+        given["allow_patterns"] = ["*.safetensors", "*.json"]
+        folder = Path(huggingface_hub.snapshot_download(model_id, **given))
     config = read_json(folder / "config.json")
     kind = config.pop("recommender", cls.__name__)
     weights = load_file(folder / "model.safetensors", device=str(map_location))
@@ -396,41 +398,41 @@ def _load(
     return model.eval()
 
 # %% ../nbs/40_recommender.ipynb #export-vectors
-def _header(piece, n_rows, metadata):
-    "Lay out a safetensors file of `n_rows` rows: its header, and where each tensor begins."
-    kinds, header, end = {torch.float32: "F32", torch.bool: "BOOL"}, {"__metadata__": metadata}, 0
+_KINDS = {torch.float32: "F32", torch.bool: "BOOL"}  # names of number formats in a header
+_NUMBERS = {"F32": np.float32, "BOOL": np.bool_}  # the same formats in NumPy
+
+def _tables(path, piece, n_rows, metadata):
+    "Lay out a safetensors file of `n_rows` rows like those of `piece`; return its tables."
+    header, end = {"__metadata__": metadata}, 0
     for name, x in piece.items():
-        begin, end = end, end + n_rows * x[0].numel() * x.element_size()
-        header[name] = {"dtype": kinds[x.dtype], "shape": [n_rows, *x.shape[1:]],
-                        "data_offsets": [begin, end]}
+        begin, end = end, end + n_rows * x[0].nbytes
+        shape = [n_rows, *x.shape[1:]]
+        header[name] = {"dtype": _KINDS[x.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    base = 8 + len(text)
-    starts = {name: base + header[name]["data_offsets"][0] for name in piece}
-    return len(text).to_bytes(8, "little") + text, starts
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    def table(dtype, shape, data_offsets):
+        return np.memmap(path, _NUMBERS[dtype], "r+", 8 + len(text) + data_offsets[0], tuple(shape))
+    return {name: table(**header[name]) for name in piece}
 
 def _write_pieces(path, pieces, n_rows, metadata):
     "Write dictionaries of `[n, ...]` tensors, `n_rows` rows in all, to one safetensors file."
-    starts, done = None, 0
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    tables, done = None, 0
+    with atomic_path(path) as temporary:
         for piece in pieces:
-            if starts is None:
-                header, starts = _header(piece, n_rows, metadata)
-                file.write(header)
-            for name, x in piece.items():
-                file.seek(starts[name] + done * x[0].numel() * x.element_size())
-                file.write(x.contiguous().cpu().numpy().tobytes())
+            if tables is None: tables = _tables(temporary, piece, n_rows, metadata)
+            for name, x in piece.items(): tables[name][done:done + len(x)] = x.cpu().numpy()
             done += len(x)
-        if done != n_rows: raise ValueError(f"{path}: {n_rows} rows were announced, {done} came")
+    return list(tables["vectors"].shape)
 
 # %% ../nbs/40_recommender.ipynb #export-function
 @torch.inference_mode()
 def _item_pieces(model, n_at_once):
     "Yield the vectors of the catalogue, some items at a time."
     for ids in asked_rows(model).split(n_at_once):
-        part, absent = model.encode_items(ids), {}
-        if part.missing_stream_mask is not None:
-            absent["missing_stream_mask"] = part.missing_stream_mask
+        part = model.encode_items(ids)
+        absent = {"missing_stream_mask": part.missing_stream_mask}
+        if part.missing_stream_mask is None: absent = {}
         yield {"vectors": part.present.float(), **absent}
 
 @torch.inference_mode()
@@ -453,15 +455,14 @@ def export_vectors(
     rows = [[row_of[t] for t in map(str, history) if t in row_of] for history in histories]
     if (empty := [number for number, row in enumerate(rows, 1) if not row]):
         raise ValueError(f"history {empty[0]} names no item that the recommender has; leave it out")
-    is_plain = type(model).score is Recommender.score
-    plain = "yes" if is_plain else f"no: candidates, to be ranked by {type(model).__name__}"
+    plain = f"no: candidates, to be ranked by {type(model).__name__}"
+    if type(model).score is Recommender.score: plain = "yes"
     wanted = {"items": (_item_pieces(model, items_at_once), list(model.catalogue.item_tokens[1:])),
               "sequences": (_sequence_pieces(model, rows), list(histories))}
-    shapes = {}
+    shapes, metadata = {}, {"inner_product_is_score": plain}
     for name, (pieces, names) in wanted.items():
         if not names: continue
         path = folder / f"{name}.safetensors"
-        _write_pieces(path, pieces, len(names), {"inner_product_is_score": plain})
+        shapes[name] = _write_pieces(path, pieces, len(names), metadata)
         write_json(folder / f"{name}.json", names)
-        with safe_open(path, "pt") as file: shapes[name] = file.get_slice("vectors").get_shape()
     return shapes

@@ -10,6 +10,7 @@ __all__ = ['training_batches', 'History', 'plot_fit', 'save_checkpoint', 'load_c
 
 # %% ../nbs/43_training.ipynb #imports
 import json
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -83,8 +84,8 @@ class History:
         "Close the present epoch and open the next."
         means = {name: float(x) / max(self.n_targets, 1) for name, x in self.sums.items()}
         scores = {} if value is None else {self.metric: value}
-        seconds = {"seconds": round(self.seconds, 3)}
-        self.epochs.append({"epoch": self.epoch, **means, **scores, **seconds})
+        means |= scores | {"seconds": round(self.seconds, 3)}
+        self.epochs.append({"epoch": self.epoch, **means})
         is_best = value is None or value > self.best_value
         if is_best: self.best_epoch = self.epoch
         self.best_value = max([self.best_value, *scores.values()])
@@ -109,8 +110,7 @@ def plot_fit(
         plot_lines(lines, colors=colors, title=title, xlabel="epoch", ax=ax)
         ax.xaxis.get_major_locator().set_params(integer=True)
     for line, history in zip(list(right.lines), histories.values()):
-        best = history.best_epoch + 1, history.best_value
-        right.plot(*best, "o", markersize=5, color=line.get_color())
+        right.plot(history.best_epoch + 1, history.best_value, "o", ms=5, color=line.get_color())
     return fig
 
 # %% ../nbs/43_training.ipynb #generators
@@ -156,8 +156,8 @@ def _read_checkpoint(path):
         history = History(**json.loads(header["history"]))
         return history, json.loads(header["scaler"]), header["mark"], tensors
     except Exception as error:
-        message = f"{path} cannot be read as a checkpoint ({error}); delete it to start anew"
-        raise ValueError(message) from None
+        about = f"{path} cannot be read as a checkpoint ({error})"
+        raise ValueError(f"{about}; delete it to start anew") from None
 
 # %% ../nbs/43_training.ipynb #load-checkpoint
 def load_checkpoint(
@@ -168,9 +168,8 @@ def load_checkpoint(
 ) -> tuple[History, dict[str, Tensor], dict | None]:  # history, best weights, scaler's state
     "Restore a run. Raises `ValueError` if the file is another run's or damaged."
     history, scaler, found, tensors = _read_checkpoint(path)
-    if found != mark:
-        raise ValueError(f"{path} belongs to a run with other data or settings; delete it or "
-                         "choose another path")
+    about = f"{path} belongs to a run with other data or settings"
+    if found != mark: raise ValueError(f"{about}; delete it or choose another path")
     def group(name): return {k[len(name):]: x for k, x in tensors.items() if k.startswith(name)}
     model.load_state_dict(group("model."))
     state = optimizer.state_dict() | {"state": {}}
@@ -275,10 +274,10 @@ def _settle(history):
     "Turn summed losses into plain numbers. Raises `FloatingPointError` if one is not finite."
     parts = from_all(lambda: {name: float(total) for name, total in history.sums.items()})
     history.sums = {name: sum(x[name] for x in parts) / len(parts) for name in parts[0]}
-    if all(abs(total) < float("inf") for total in history.sums.values()): return
-    raise FloatingPointError(
-        f"the loss is no longer a finite number in epoch {history.epoch}, at or before step "
-        f"{history.step}: {history.sums}; lower lr, set max_grad_norm, or use precision='no'")
+    if all(map(math.isfinite, history.sums.values())): return
+    where = f"epoch {history.epoch}, at or before step {history.step}: {history.sums}"
+    raise FloatingPointError(f"the loss is no longer a finite number in {where}; lower lr, "
+                             "set max_grad_norm, or use precision='no'")
 
 # %% ../nbs/43_training.ipynb #train-epoch
 def _train_epoch(step, shares, history, save, checkpoint_every, n_steps):

@@ -7,9 +7,10 @@ from torch import nn
 from mmseqrec.core import set_seed
 from mmseqrec.data.sequences import collate
 from mmseqrec.features.encoders import catalogue_from_arrays
-from mmseqrec.blocks.layers import (AttentionPooling, Centring, ContentAdapter, ContentEmbedding, Dropout, MixtureOfExperts,
+from mmseqrec.blocks.layers import (AttentionPooling, Centring, ContentAdapter, Dropout, MixtureOfExperts,
                              MultiHeadAttention, SequenceEncoder, TransformerBlock, WhiteningExperts, check_features,
                              drops_openly, encode_ends, init_weights, open_attention)
+from mmseqrec.blocks.towers import ContentEmbedding
 from small_world import IMAGE_SIZE, NO_IMAGE, NO_TEXT, NOTHING, TEXT_SIZE, V, make_catalogue
 
 CLOSE = dict(rtol=0, atol=1e-9)

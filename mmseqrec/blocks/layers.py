@@ -6,8 +6,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/blocks.layers.html.md"""
 
 # %% auto #0
 __all__ = ['open_attention', 'MultiHeadAttention', 'TransformerBlock', 'SequenceEncoder', 'init_weights', 'Centring',
-           'ContentAdapter', 'check_features', 'ContentEmbedding', 'AttentionPooling', 'MixtureOfExperts',
-           'WhiteningExperts', 'Dropout', 'drops_openly', 'encode_ends', 'last_outputs']
+           'ContentAdapter', 'check_features', 'AttentionPooling', 'MixtureOfExperts', 'WhiteningExperts', 'Dropout',
+           'drops_openly', 'encode_ends', 'last_outputs']
 
 # %% ../../nbs/30_blocks.layers.ipynb #imports
 import torch
@@ -45,9 +45,8 @@ class MultiHeadAttention(nn.Module):
         dropout: float = 0.0,  # share of attention weights dropped in training
     ):
         super().__init__()
-        if hidden_size % n_heads:
-            raise ValueError(
-                f"hidden_size ({hidden_size}) must be a multiple of n_heads ({n_heads})")
+        if hidden_size % n_heads: raise ValueError(
+            f"hidden_size ({hidden_size}) must be a multiple of n_heads ({n_heads})")
         self.n_heads, self.dropout = n_heads, Dropout(dropout)
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
         self.output = nn.Linear(hidden_size, hidden_size)
@@ -95,8 +94,8 @@ class TransformerBlock(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:  # `[B, L, D]`, and the weights `[B, H, L, L]` if asked for
         "Mix positions, then transform each."
         y = self.attention(x, item_pad_mask, causal, return_attention)
-        if not return_attention: return self._after_attention(x, y)
-        return self._after_attention(x, y[0]), y[1]
+        if return_attention: return self._after_attention(x, y[0]), y[1]
+        return self._after_attention(x, y)
 
     def _after_attention(self, x, y):
         "Add what attention found, and transform each position."
@@ -218,59 +217,8 @@ def check_features(
         table = getattr(catalogue, f"{name}_emb")
         if table is not None and table.shape[-1] == size: continue
         found = "none" if table is None else f"{table.shape[-1]} numbers"
-        raise ValueError(
-            f"the model expects {name} features of {size} numbers, the catalogue has {found}; "
-            f"encode it with the same encoder or build the model with {name}_size to fit")
-
-# %% ../../nbs/30_blocks.layers.ipynb #content-embedding
-class ContentEmbedding(nn.Module):
-    "Sum of the adapted text and image features of an item; what is missing adds nothing."
-    def __init__(
-        self,
-        text_size: int | None,  # numbers in a text feature; `None` ignores texts
-        image_size: int | None,  # numbers in an image feature; `None` ignores images
-        hidden_size: int,  # D
-    ):
-        super().__init__()
-        sizes = {name: n for name, n in (("text", text_size), ("image", image_size)) if n}
-        if not sizes: raise ValueError("give text_size, image_size or both: content needs features")
-        self.adapters = nn.ModuleDict({k: ContentAdapter(n, hidden_size) for k, n in sizes.items()})
-        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
-
-    def fit_statistics(
-        self,
-        ids: Tensor,  # `[N]` catalogue rows that occur in training
-    ) -> None:
-        "Take centre and spread of each modality, once: the weights are trained for them."
-        if self.fitted: return
-        for adapter, features, missing in self._tables():
-            adapter.centring.fit_statistics(features[ids[~missing[ids]]])
-        self.fitted.fill_(True)
-
-    def set_catalogue(
-        self,
-        catalogue: Catalogue,  # with features of the sizes that the adapters expect
-    ) -> None:
-        "Take the mean features of all items. Raises `ValueError` if absent or of another size."
-        check_features(catalogue, **{k: x.linear.in_features for k, x in self.adapters.items()})
-        for name, adapter in self.adapters.items():
-            features = getattr(catalogue, f"mean_{name}")().to(adapter.linear.weight)
-            missing = getattr(catalogue, f"missing_{name}_mask").to(features.device)
-            self.register_buffer(f"{name}_features", features, persistent=False)
-            self.register_buffer(f"missing_{name}_mask", missing, persistent=False)
-
-    def forward(
-        self,
-        ids: Tensor,  # `[N]` catalogue rows
-    ) -> Tensor:  # `[N, D]`; zeros for padding and for items with neither modality
-        "Adapt and add the features of some items."
-        return sum(adapter(features[ids], missing[ids])
-                   for adapter, features, missing in self._tables())
-
-    def _tables(self):
-        "Yield the adapter, features and missing mask of each modality."
-        for name, adapter in self.adapters.items():
-            yield adapter, getattr(self, f"{name}_features"), getattr(self, f"missing_{name}_mask")
+        raise ValueError(f"the model expects {name} features of {size} numbers, the catalogue has "
+                         f"{found}; encode it alike or build the model with {name}_size to fit")
 
 # %% ../../nbs/30_blocks.layers.ipynb #pooling
 class AttentionPooling(nn.Module):
@@ -366,10 +314,9 @@ class WhiteningExperts(nn.Module):
     ) -> Tensor:  # `[N, G]`, rows sum to 1; noisy in training
         "Compute the weight of each expert."
         logits = features @ self.gate
-        if self.training and self.gate_noise is not None:
-            spread = F.softplus(features @ self.gate_noise) + 0.01
-            logits = logits + torch.randn_like(logits) * spread
-        return logits.softmax(1)
+        if not self.training or self.gate_noise is None: return logits.softmax(1)
+        spread = F.softplus(features @ self.gate_noise) + 0.01
+        return (logits + torch.randn_like(logits) * spread).softmax(1)
 
     def forward(
         self,
@@ -423,12 +370,10 @@ def encode_ends(
     piece_cost: int | None = None,  # see `length_chunks`
 ) -> Tensor:  # `[B, ...]`, the output at the last item of each history
     "Encode histories in pieces of like length."
-    rows, found = [], []
-    for some, piece in length_chunks(batch, piece_cost):
-        h = encoder(x[some, :piece.item_seq.shape[1]], piece.item_pad_mask)
-        found.append(h[torch.arange(len(some), device=h.device), piece.item_seq_len - 1])
-        rows.append(some)
-    return torch.cat(found)[torch.cat(rows).argsort()]
+    pieces = length_chunks(batch, piece_cost)
+    read = lambda rows, piece: encoder(x[rows, :piece.item_seq.shape[1]], piece.item_pad_mask)
+    found = [read(*part).flatten(0, 1)[part[1].query_index()] for part in pieces]
+    return torch.cat(found)[torch.cat([rows for rows, _ in pieces]).argsort()]
 
 # %% ../../nbs/30_blocks.layers.ipynb #attend-at-ends
 def _attend_at_ends(attention, h, ends, item_pad_mask):

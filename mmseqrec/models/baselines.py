@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..blocks.augment import append_mask, cloze
-from ..blocks.layers import ContentEmbedding, Dropout, SequenceEncoder, init_weights
+from ..blocks.layers import Dropout, SequenceEncoder, init_weights
 from ..blocks.losses import full_softmax_cross_entropy
-from ..blocks.towers import (IDEmbedding, history_attention, next_item_softmax,
+from ..blocks.towers import (ContentEmbedding, IDEmbedding, history_attention, next_item_terms,
                                     read_histories, take_positions)
 from ..core import check_shape
 from ..data.sequences import TRAIN, Batch, SequenceStore, expand_prefixes, flat_ranges
@@ -139,10 +139,9 @@ class Transitions(nn.Module):
         self._set(first, next_item, counts / totals[item])
 
     def _set(self, first, next_item, share):
-        device = self.first.device
-        self.first, self.next_item = (torch.as_tensor(x, device=device).long()
-                                      for x in (first, next_item))
-        self.share = torch.as_tensor(share, device=device).float()
+        self.first = torch.as_tensor(first).to(self.first)
+        self.next_item = torch.as_tensor(next_item).to(self.next_item)
+        self.share = torch.as_tensor(share).to(self.share.device).float()
 
     def forward(
         self,
@@ -150,8 +149,8 @@ class Transitions(nn.Module):
     ) -> Tensor:  # `[T, V+1]`, rows sum to 1, or to 0 for an item that nothing followed
         "Look up how often each item followed."
         begin, end = self.first[last].cpu().numpy(), self.first[last + 1].cpu().numpy()
-        row, place = (torch.from_numpy(x).to(last.device)
-                      for x in flat_ranges(begin, end - begin))
+        flat = flat_ranges(begin, end - begin)
+        row, place = (torch.from_numpy(x).to(last.device) for x in flat)
         share = self.share.new_zeros(len(last), len(self.first) - 1)
         share[row, self.next_item[place]] = self.share[place]
         return share
@@ -275,9 +274,7 @@ class GRU4Rec(Recommender):
         self,
         batch: Batch,  # with `pos_item [T]`, the items that came next
     ) -> dict[str, Tensor]:  # `"loss"`
-        n_candidates = self.n_candidates if self.training else None
-        return {"loss": next_item_softmax(self.encoder, self.item_vectors, batch,
-                                          self.catalogue.n_items, self.temperature, n_candidates)}
+        return next_item_terms(self, self.encoder, self.item_vectors, batch)
 
 # %% ../../nbs/50_models.baselines.ipynb #gru-ends
 @torch.no_grad()
@@ -347,9 +344,7 @@ class SASRec(Recommender):
         self,
         batch: Batch,  # with `pos_item [T]`, the items that came next
     ) -> dict[str, Tensor]:  # `"loss"`
-        n_candidates = self.n_candidates if self.training else None
-        return {"loss": next_item_softmax(self.encoder, self.item_vectors, batch,
-                                          self.catalogue.n_items, self.temperature, n_candidates)}
+        return next_item_terms(self, self.encoder, self.item_vectors, batch)
 
     def attention(
         self,
@@ -431,18 +426,16 @@ def fill_gaps(
     part_numbers: int | None = None,  # numbers encoded together; default: `PART_NUMBERS`
 ) -> Tensor:  # `[T, D]`
     "Encode rows, few at a time, and return the vectors at the asked positions."
-    index, (B, L), most = batch.query_index(), batch.item_seq.shape, part_numbers or PART_NUMBERS
+    index, L, most = batch.query_index(), batch.item_seq.shape[1], part_numbers or PART_NUMBERS
     scale = 1 if index.device.type == "cpu" else 32
     n_rows = max(1, scale * most // (L * encoder.position_emb.embedding_dim))
-    parts, found = batch.item_seq.split(n_rows), []
+    parts = batch.item_seq.split(n_rows)
     asked = index.split((index // (n_rows * L)).bincount(minlength=len(parts)).tolist())
     def encode(item_seq, places):
         return encoder(input_vectors(item_seq), item_seq == 0).flatten(0, 1)[places]
     twice = partial(checkpoint, encode, use_reentrant=False)  # keeps nothing for the gradients
-    for number, (part, places) in enumerate(zip(parts, asked)):
-        is_last = number + 1 == len(parts)
-        found.append((encode if is_last else twice)(part, places - number * n_rows * L))
-    return torch.cat(found)
+    ways = [twice] * (len(parts) - 1) + [encode]
+    return torch.cat([way(x, at % (n_rows * L)) for way, x, at in zip(ways, parts, asked)])
 
 # %% ../../nbs/50_models.baselines.ipynb #content-sasrec
 class ContentSASRec(Recommender):
@@ -494,10 +487,7 @@ class ContentSASRec(Recommender):
         self,
         batch: Batch,  # with `pos_item [T]`, the items that came next
     ) -> dict[str, Tensor]:  # `"loss"`
-        n_candidates = self.n_candidates if self.training else None
-        loss = next_item_softmax(self.encoder, self.item_vectors, batch, self.catalogue.n_items,
-                                 self.temperature, n_candidates, cosine=True)
-        return {"loss": loss}
+        return next_item_terms(self, self.encoder, self.item_vectors, batch, cosine=True)
 
     def attention(
         self,

@@ -8,6 +8,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/models.m2se.html.md"""
 __all__ = ['ModalityEncoder', 'ItemStreams', 'M2SE']
 
 # %% ../../nbs/52_models.m2se.ipynb #imports
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from ..blocks.layers import (AttentionPooling, Centring, MixtureOfExperts, Seque
 
 # %% ../../nbs/52_models.m2se.ipynb #modality-encoder
 class ModalityEncoder(nn.Module):
-    "Turn the sentences, or the pictures, of an item into one vector: pool, centre, ask experts (MP4SR)."
+    "Turn the sentences, or the images, of an item into one vector: pool, centre, ask experts."
     def __init__(
         self,
         feature_size: int,  # numbers in one frozen feature vector
@@ -29,7 +31,8 @@ class ModalityEncoder(nn.Module):
         masked_pooling: bool = True,  # see `AttentionPooling`
     ):
         super().__init__()
-        self.pooling = AttentionPooling(feature_size, trained=trained_pooling, masked=masked_pooling)
+        how = {"trained": trained_pooling, "masked": masked_pooling}
+        self.pooling = AttentionPooling(feature_size, **how)
         self.centring = Centring(feature_size)
         self.experts = MixtureOfExperts(feature_size, hidden_size, n_experts, dropout)
 
@@ -39,10 +42,10 @@ class ModalityEncoder(nn.Module):
         content_pad_mask: Tensor,  # `[V+1, K]`, True where there is no sentence or picture
     ) -> None:
         "Take the features of a catalogue; they are not among the weights."
-        weight = self.experts.experts.weight
-        self.register_buffer("features", features.to(weight), persistent=False)
-        self.register_buffer("content_pad_mask", content_pad_mask.to(weight.device), persistent=False)
-        self.register_buffer("missing_modality_mask", self.content_pad_mask.all(1), persistent=False)
+        weight, keep = self.experts.experts.weight, partial(self.register_buffer, persistent=False)
+        keep("features", features.to(weight))
+        keep("content_pad_mask", content_pad_mask.to(weight.device))
+        keep("missing_modality_mask", self.content_pad_mask.all(1))
 
     def fit_statistics(
         self,
@@ -60,7 +63,8 @@ class ModalityEncoder(nn.Module):
         "Encode this modality of some items."
         rows = slice(None) if ids is None else ids
         pooled = self.pooling(self.features[rows], self.content_pad_mask[rows])
-        return self.experts(self.centring(pooled)).masked_fill(self.missing_modality_mask[rows, None], 0)
+        vectors = self.experts(self.centring(pooled))
+        return vectors.masked_fill(self.missing_modality_mask[rows, None], 0)
 
 # %% ../../nbs/52_models.m2se.ipynb #item-streams
 class ItemStreams(nn.Module):

@@ -12,6 +12,7 @@ __all__ = ['ItemAdapters', 'HistoryInput', 'fuse_modalities', 'fused_score', 'Ca
 # %% ../../nbs/55_models.missrec.ipynb #imports
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import mul
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,7 +35,8 @@ from ..data.items import open_image
 from ..data.sequences import Batch, SequenceStore, expand_prefixes, length_chunks
 from ..features.encoders import Catalogue
 from ..figures import COLORS
-from ..recommender import Items, Recommender, asked_rows, released_quirks
+from ..recommender import (Items, Recommender, asked_rows, check_pretraining,
+                                  released_quirks)
 
 # %% ../../nbs/55_models.missrec.ipynb #adapters
 class ItemAdapters(nn.Module):
@@ -99,16 +101,14 @@ class ItemAdapters(nn.Module):
 # %% ../../nbs/55_models.missrec.ipynb #frozen-buffers
 def _frozen_buffers(catalogue, linear, masked_missing):
     "Return what adapters keep of a catalogue: mean features, and masks of what is missing."
-    weight, buffers = next(iter(linear.values())).weight, {}
-    for name in linear:
-        buffers[f"{name}_features"] = getattr(catalogue, f"mean_{name}")().to(weight)
+    weight = next(iter(linear.values())).weight
+    means = {f"{n}_features": getattr(catalogue, f"mean_{n}")().to(weight) for n in linear}
     shorter = "text" in linear and catalogue.dropped_text_emb is not None
-    buffers["dropped_text_features"] = catalogue.mean_dropped_text().to(weight) if shorter else None
+    means["dropped_text_features"] = catalogue.mean_dropped_text().to(weight) if shorter else None
     missing = torch.stack([getattr(catalogue, f"missing_{name}_mask") for name in linear], 1)
-    missing = buffers["missing_modality_mask"] = missing.to(weight.device)
-    is_padding = torch.arange(len(missing), device=missing.device)[:, None] == 0
-    buffers["missing_token_mask"] = missing if masked_missing else missing & is_padding
-    return buffers
+    missing = no_token = missing.to(weight.device)
+    if not masked_missing: no_token = F.pad(missing[:1], (0, 0, 0, len(missing) - 1))
+    return means | {"missing_modality_mask": missing, "missing_token_mask": no_token}
 
 # %% ../../nbs/55_models.missrec.ipynb #history-input
 class HistoryInput(nn.Module):
@@ -136,7 +136,7 @@ class HistoryInput(nn.Module):
         item_vectors: Tensor | None = None,  # `[B, L, D]`, ID embeddings, added to each token
     ) -> tuple[Tensor, Tensor, Tensor]:  # `[B, N, D]`, padding `[B, N]`, `[B]` where to read
         "Lay the tokens of each history out for the decoder; N is L, or M L where they are stacked."
-        B, L, M, D = check_shape(tokens, "B L M D").shape
+        L = check_shape(tokens, "B L M D").shape[1]
         if L > self.max_len:
             raise ValueError(f"a history of {L} items is longer than max_len = {self.max_len}")
         x = tokens.sum(2, keepdim=True) if self.fusion == "add" else tokens
@@ -186,6 +186,8 @@ def fused_score(
 # %% ../../nbs/55_models.missrec.ipynb #candidate-fusion
 class CandidateFusion(nn.Module):
     "Score candidates by their streams and a learned kappa (MISSRec, section 3.4.2)."
+    kinds = ("shared", "per_item", "static")
+
     def __init__(
         self,
         kind: str = "shared",  # one kappa for all; `"per_item"`: one each; `"static"`: zero
@@ -194,13 +196,11 @@ class CandidateFusion(nn.Module):
         has_ids: bool = False,  # candidates have an ID embedding as well
     ):
         super().__init__()
-        if kind not in ("shared", "per_item", "static"):
-            raise ValueError("candidate_fusion must be 'shared', 'per_item' or 'static', "
-                             f"got {kind!r}")
+        if kind not in self.kinds:
+            raise ValueError(f"candidate_fusion must be one of {self.kinds}, got {kind!r}")
         self.has_ids, self.kappa, self.item_kappa = has_ids, None, None
         if n_modalities == 2 and kind == "shared": self.kappa = nn.Parameter(torch.zeros(()))
-        if n_modalities == 2 and kind == "per_item":
-            self.item_kappa = IDEmbedding(n_items, 1, std=0.)
+        if n_modalities == 2 and kind == "per_item": self.item_kappa = IDEmbedding(n_items, 1, 0.)
 
     def set_catalogue(
         self,
@@ -223,8 +223,8 @@ class CandidateFusion(nn.Module):
         items: Items,  # N items, vectors `[N, S, D]`, length 1
     ) -> Tensor:  # `[T, N]`, -1 to 1
         "Score items by `fused_score`."
-        return fused_score(sequence, items.vectors, self.kappa_of(items.ids),
-                           items.missing_stream_mask, self.has_ids)
+        kappa, missing = self.kappa_of(items.ids), items.missing_stream_mask
+        return fused_score(sequence, items.vectors, kappa, missing, self.has_ids)
 
 # %% ../../nbs/55_models.missrec.ipynb #interest-items
 class InterestItems(nn.Module):
@@ -356,11 +356,9 @@ class InterestReader(nn.Module):
         for some, piece in _in_parts(self, table, view, piece_cost):
             place, ids = view.place[some, :piece.item_seq.shape[1]], view.interest_seq[some]
             if not self.padded_sets: ids = ids[:, :max(int((ids > 0).sum(1).max()), 1)]
-            own = None if item_emb is None else item_emb(piece.item_seq)
-            x, hidden, asked = self.inputs(F.embedding(place, table), missing_token_mask[place],
-                                           piece.item_pad_mask, own)
+            laid = self.lay_out(table, missing_token_mask, place, piece, item_emb)
             kept += ids.numel() * table.shape[1]
-            y, context = _trunk(self, kept)(x, hidden, interests(ids), ids == 0, asked=asked)
+            y, context = _trunk(self, kept)(*laid[:2], interests(ids), ids == 0, asked=laid[2])
             rows.append(some)
             found.append(y[:, 0])
             contexts.append((context, ids == 0))
@@ -376,11 +374,22 @@ class InterestReader(nn.Module):
         item_emb: IDEmbedding | None = None,  # in the transductive mode
     ) -> dict[str, list[Tensor]]:  # see `InterestEncoderDecoder`
         "Read whole histories and return all attention weights, by side of the network."
-        ids, batch = view.interest_seq, view.batch
-        own = None if item_emb is None else item_emb(batch.item_seq)
-        x, hidden, _ = self.inputs(F.embedding(view.place, table), missing_token_mask[view.place],
-                                   batch.item_pad_mask, own)
+        x, hidden, _ = self.lay_out(table, missing_token_mask, view.place, view.batch, item_emb)
+        ids = view.interest_seq
         return self.trunk(x, hidden, interests(ids), ids == 0, return_attention=True)[2]
+
+    def lay_out(
+        self,
+        table: Tensor,  # `[N, D]`, tokens
+        missing_token_mask: Tensor,  # `[N]`, True where the row is no token
+        place: Tensor,  # `[B, L, M]`, row of each token in the table
+        batch: Batch,  # the histories
+        item_emb: IDEmbedding | None = None,  # added to each token in the transductive mode
+    ) -> tuple[Tensor, Tensor, Tensor]:  # see `HistoryInput`
+        "Look the tokens of some histories up, and make one sequence of those of each."
+        own = None if item_emb is None else item_emb(batch.item_seq)
+        tokens, missing = F.embedding(place, table), missing_token_mask[place]
+        return self.inputs(tokens, missing, batch.item_pad_mask, own)
 
 # %% ../../nbs/55_models.missrec.ipynb #read
 def _read(model, tokens, batch, ids):
@@ -412,19 +421,18 @@ def interest_finetuning(
     batch: Batch,  # with `pos_item [T]`, the items that came next
 ) -> dict[str, Tensor]:  # `"loss"`, `"cross_entropy"`, `"diversity"`
     "Compute the cross-entropy over the catalogue, and the likeness of interests (equation 12)."
-    batch = expand_prefixes(batch, batch.positions)
-    step = items_of_step(batch.item_seq, batch.pos_item, model.catalogue.n_items,
-                         model.n_candidates if model.training else None)
+    batch, n_drawn = expand_prefixes(batch, batch.positions), model.n_candidates
+    if not model.training: n_drawn = None
+    step = items_of_step(batch.item_seq, batch.pos_item, model.catalogue.n_items, n_drawn)
     ids = None if step.candidate is None else step.ids  # all, or those that the step looks at
     tokens = model.items.adapters(ids)
     u, contexts = _read(model, tokens, batch, ids)
     candidates = step.candidates(step.ids[:, None])[:, 0]
     items = model.items.streams(step.candidates(tokens), candidates, model.item_emb)
-    score = lambda u, vectors, kappa: fused_score(u, vectors, kappa, items.missing_stream_mask,
-                                                  model.fusion.has_ids)
-    loss = full_softmax_cross_entropy(u[:, None], items.vectors, step.target, model.temperature,
-                                      score, [model.fusion.kappa_of(items.ids)],
-                                      log_weight=step.log_weight)
+    fixed = {"missing_stream_mask": items.missing_stream_mask, "has_ids": model.fusion.has_ids}
+    answers = (u[:, None], items.vectors, step.target, model.temperature)
+    how = (partial(fused_score, **fixed), [model.fusion.kappa_of(items.ids)])
+    loss = full_softmax_cross_entropy(*answers, *how, log_weight=step.log_weight)
     terms = {"cross_entropy": loss, "diversity": _diversity(model, contexts)}
     return {"loss": loss + model.diversity_weight * terms["diversity"], **terms}
 
@@ -477,7 +485,7 @@ def interest_pretraining(
     batch: Batch,  # at most one row a user, with `pos_item [B]`
 ) -> dict[str, Tensor]:  # `"loss"`, `"sequence_item"`, `"sequence_sequence"`, `"diversity"`
     "Compute MISSRec's contrastive loss (equation 11)."
-    _check_pretraining(model)
+    check_pretraining(model, model.items.adapters.dropped_text_features)
     ids = torch.cat([F.pad(batch.item_seq.flatten(), (1, 0)), batch.pos_item]).unique()
     tokens = model.items.adapters(ids)
     table = model.items.table(tokens, ids)
@@ -492,20 +500,8 @@ def interest_pretraining(
     terms = {"sequence_item": sequence_item_loss(scores, *options),
              "sequence_sequence": sequence_sequence_loss(own, other, *options),
              "diversity": n_processes() * (len(batch) / len(pos_item)) * likeness}
-    weights = {"sequence_item": 1., "sequence_sequence": model.sequence_weight,
-               "diversity": model.diversity_weight}
-    return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
-
-def _check_pretraining(model):
-    "Raise an error if a MISSRec cannot be pre-trained with its catalogue."
-    if not model.has_pretraining:
-        raise NotImplementedError("MISSRec with learned item vectors has no pre-training; "
-                                  "pre-train MISSRec(transductive=False) and transfer_weights "
-                                  "from it")
-    drops_words = model.disturbance["word_drop_share"] > 0
-    if drops_words and model.items.adapters.dropped_text_features is None:
-        raise ValueError("word drop needs texts with words left out: build_catalogue(..., "
-                         "word_drop=0.15), or set word_drop_share=0")
+    weights = (1., model.sequence_weight, model.diversity_weight)
+    return {"loss": sum(map(mul, weights, terms.values())), **terms}
 
 # %% ../../nbs/55_models.missrec.ipynb #missrec
 class MISSRec(Recommender):
@@ -633,16 +629,15 @@ def plot_interest_attention(
     "Draw attention from items to interests, with images for both."
     L, Q = weights.shape
     fig, ax = plt.subplots(figsize=(1.6 + .55 * Q, 1.6 + .55 * L))
-    ax.pcolormesh(np.arange(Q + 1), np.arange(L + 1), weights, cmap="Blues", vmin=0,
-                  edgecolors="white", linewidth=2)
+    ax.pcolormesh(weights, cmap="Blues", vmin=0, edgecolors="white", linewidth=2)
+    middle = {"ha": "center", "va": "center", "fontsize": 7.5}
     for (row, column), value in np.ndenumerate(weights):
         ink = "white" if value > .6 * weights.max() else COLORS["ink"]
-        ax.text(column + .5, row + .5, f"{value:.2f}".lstrip("0"), ha="center", va="center",
-                fontsize=7.5, color=ink)
+        ax.text(column + .5, row + .5, f"{value:.2f}".lstrip("0"), color=ink, **middle)
     for row, image in enumerate(item_images): _draw_image(ax, image, -1.1, row)
     for q, images in enumerate(interest_images):
         for k, image in enumerate(images): _draw_image(ax, image, q, -1.1 - k)
-    top = -1.1 - max(map(len, interest_images)) + 1
+    top = -.1 - max(map(len, interest_images))
     ax.set(xlim=(-1.1, Q), ylim=(L, top), title=title, aspect="equal")
     ax.set_axis_off()
     return fig

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..blocks.augment import append_mask, cloze
 from ..blocks.contrastive import gather_rows, modality_combination_loss
-from ..blocks.layers import ContentEmbedding, Dropout, TransformerBlock, init_weights
-from ..blocks.losses import dot_score, draw_candidates, full_softmax_cross_entropy
-from ..blocks.towers import look_up, take_positions
+from ..blocks.layers import Dropout, TransformerBlock, init_weights
+from ..blocks.losses import draw_candidates, full_softmax_cross_entropy
+from ..blocks.towers import ContentEmbedding, look_up, take_positions
 from ..core import check_shape, n_processes, process_index
 from ..data.sequences import TRAIN, Batch, SequenceStore, expand_prefixes
 from ..features.encoders import Catalogue
@@ -40,15 +40,14 @@ def plot_towers(
     for n, name in enumerate(names): _draw_tokens(ax, 1.4 * n, name, n_items - n)
     right = 1.4 * n_items + 2.4
     _draw_tokens(ax, right, "item j", 0)
-    for x, width, label in ((-.1, right - 1.1, "one encoder: the same weights"),
-                            (right - .1, 1.25, "same")):
-        _draw_box(ax, x, .9, width, .55, COLORS["both"], label, 8.5)
+    label = "one encoder: the same weights"
+    _draw_box(ax, -.1, .9, right - 1.1, .55, COLORS["both"], label, 8.5)
+    _draw_box(ax, right - .1, .9, 1.25, .55, COLORS["both"], "same", 8.5)
     for x, label in ((right - 1.88, "$u$"), (right + .52, "$c_j$")):
         _draw_arrow(ax, (x, 1.5), (x, 1.85))
         ax.text(x, 2.02, label, ha="center", va="center", fontsize=11)
-    _draw_arrow(ax, (right - 1.62, 2.02), (right + .25, 2.02), "<->", COLORS["accent"])
-    ax.text(right - .68, 2.12, r"cosine / $\tau$", ha="center", va="bottom", fontsize=8.5,
-            color=COLORS["accent"])
+    _draw_arrow(ax, (right - 1.62, 2.02), (right + .25, 2.02), "<->")
+    ax.text(right - .68, 2.12, r"cosine / $\tau$", ha="center", va="bottom", fontsize=8.5)
     ax.set(xlim=(-.3, right + 1.4), ylim=(-.75, 2.4), aspect="equal")
     ax.axis("off")
     return ax
@@ -57,15 +56,15 @@ def _draw_box(ax, x, y, width, height, color, label, size):
     ax.add_patch(plt.Rectangle((x, y), width, height, facecolor=color, edgecolor="white", alpha=.9))
     ax.text(x + width / 2, y + height / 2, label, ha="center", va="center", fontsize=size)
 
-def _draw_arrow(ax, start, end, style="->", color=COLORS["ink"]):
-    ax.annotate("", end, start, arrowprops={"arrowstyle": style, "color": color})
+def _draw_arrow(ax, start, end, style="->"):
+    ax.annotate("", end, start, arrowprops={"arrowstyle": style, "color": COLORS["accent"]})
 
 def _draw_tokens(ax, x, title, position):
     "Draw the text and image token of an item, or the two unknown ones of a [MASK]."
-    for number, name in enumerate(("text", "image")):
-        is_hidden = title == "[MASK]"
-        color, label = (COLORS["neutral"], "?") if is_hidden else (COLORS[name], name)
-        _draw_box(ax, x + .55 * number, 0, .5, .5, color, label, 6)
+    is_hidden = title == "[MASK]"
+    for left, name in ((x, "text"), (x + .55, "image")):
+        color = COLORS["neutral" if is_hidden else name]
+        _draw_box(ax, left, 0, .5, .5, color, "?" if is_hidden else name, 6)
     ax.text(x + .52, -.2, f"{title}\nposition {position}", ha="center", va="top", fontsize=7.5)
     _draw_arrow(ax, (x + .52, .55), (x + .52, .85))
 
@@ -106,10 +105,7 @@ class ItemTokens(ContentEmbedding):
         "Make the tokens of some items; each distinct one is transformed once."
         ids, place = item_seq.unique(return_inverse=True)
         rows = ids.clamp(max=len(self.missing_modality_mask) - 2)
-        missing = self.missing_modality_mask[rows].unbind(1)
-        features = [getattr(self, f"{name}_features")[rows] for name in self.adapters]
-        parts = zip(self.adapters.values(), features, missing)
-        tokens = torch.stack([adapter(found, absent) for adapter, found, absent in parts], 1)
+        tokens = torch.stack(self.adapted(rows), 1)
         tokens = torch.where((ids > rows)[:, None, None], self.mask_emb.weight, tokens)
         return look_up(tokens, place), self.missing_modality_mask[item_seq]
 
@@ -156,17 +152,14 @@ class TokenEncoder(nn.Module):
         B, L, M, _ = check_shape(tokens, "B L M D").shape
         check_shape(missing_modality_mask, "B L M", B=B, L=L, M=M)
         if L > (n := self.position_emb.num_embeddings):
-            raise ValueError(f"a row of {L} places, [MASK] included, is longer than the {n} places "
-                             "of the encoder")
+            raise ValueError(f"a row of {L} places, [MASK] included, is longer than the {n} places")
         places = self.position_emb(places_from_end(item_seq_len, L))[:, :, None]
         h = self.dropout(self.norm(tokens + places + self.modality_emb.weight)).flatten(1, 2)
         token_pad_mask, weights = missing_modality_mask.flatten(1), []
         token_pad_mask = token_pad_mask & ~token_pad_mask.all(1, keepdim=True)
         for block in self.blocks:
             h = block(h, token_pad_mask, return_attention=return_attention)
-            if return_attention:
-                h, block_weights = h
-                weights.append(block_weights)
+            if return_attention: h, weights = h[0], [*weights, h[1]]
         h = self.final_norm(h).unflatten(1, (L, M))
         return (h, weights) if return_attention else h
 
@@ -266,9 +259,8 @@ def pair_pretraining(
 ) -> dict[str, Tensor]:  # `"loss"`, `image_image`, `image_text`, `text_text`, `both_both`
     "Compute the modality-combination loss of some items: six passes, each with its own dropout."
     if not model.has_pretraining:
-        raise NotImplementedError("MMSRec has no pre-training with one modality or "
-                                  "deep_items=False; pre-train one with both, and "
-                                  "transfer_weights from it")
+        raise NotImplementedError("MMSRec has no pre-training with one modality or deep_items=False;"
+                                  " pre-train one with both, and transfer_weights from it")
     views = [(True, False)] * 2 + [(False, True)] * 2 + [(False, False)] * 2  # hide text, image
     hidden, own = torch.tensor(views, device=ids.device), ids[process_index()::n_processes()]
     vectors = model.item_vectors(own.repeat(6), hidden.repeat_interleave(len(own), 0))
@@ -304,13 +296,12 @@ def gap_softmax(
     batch: Batch,  # one query a row, with `pos_item [B]`
 ) -> dict[str, Tensor]:  # `"loss"`
     "Cross-entropy at hidden positions; in evaluation only the next item is hidden."
-    n_items, training = model.catalogue.n_items, model.training
-    batch = cloze(batch, n_items, model.cloze_rate if training else 0.0)
-    ids, target, log_weight = draw_candidates(batch.pos_item, n_items,
-                                              model.n_candidates if training else None)
-    score = lambda u, c: dot_score(u, c) + model.temperature * log_weight
+    n_items, tau = model.catalogue.n_items, model.temperature
+    rate, n_drawn = (model.cloze_rate, model.n_candidates) if model.training else (0.0, None)
+    batch = cloze(batch, n_items, rate)
+    ids, target, weight = draw_candidates(batch.pos_item, n_items, n_drawn)
     u, c = model.towers.history_vectors(batch)[:, None], model.item_vectors(ids)[:, None]
-    return {"loss": full_softmax_cross_entropy(u, c, target, model.temperature, score)}
+    return {"loss": full_softmax_cross_entropy(u, c, target, tau, log_weight=weight)}
 
 # %% ../../nbs/54_models.mmsrec.ipynb #mmsrec
 class MMSRec(Recommender):
@@ -338,8 +329,7 @@ class MMSRec(Recommender):
     ):
         super().__init__()
         if n_candidates is not None and n_candidates < 1:
-            raise ValueError(f"n_candidates must be at least 1, got {n_candidates}; "
-                             "None compares with all items")
+            raise ValueError(f"n_candidates must be at least 1, got {n_candidates}; None takes all")
         self.max_len, self.temperature, self.n_candidates = max_len, temperature, n_candidates
         items = ItemTokens(text_size, image_size, hidden_size, centred)
         n_modalities, self.cloze_rate = len(items.adapters), cloze_rate
@@ -380,7 +370,8 @@ class MMSRec(Recommender):
     def pretrain_loss(
         self,
         batch: Batch,  # with `pos_item [B]`, each of which counts once
-    ) -> dict[str, Tensor]: return pair_pretraining(self, gather_rows(batch.pos_item)[0].unique())
+    ) -> dict[str, Tensor]:  # named terms, see `pair_pretraining`
+        return pair_pretraining(self, gather_rows(batch.pos_item)[0].unique())
 
     def attention(
         self,

@@ -16,22 +16,24 @@ from ..blocks.augment import draw_item_drop, draw_swaps, drop_items, swap_stream
 from ..blocks.contrastive import cross_modality_loss, gather_rows, next_item_loss
 from ..blocks.layers import encode_ends, init_weights
 from ..blocks.losses import same_target_mask
-from ..blocks.towers import (IDEmbedding, history_attention, look_up, next_item_softmax,
+from ..blocks.towers import (IDEmbedding, history_attention, look_up, next_item_terms,
                                     read_histories)
 from ..core import from_main
 from ..data.sequences import Batch
 from .m2se import M2SE
-from ..recommender import Items, Recommender, asked_rows, released_quirks
+from ..recommender import (Items, Recommender, asked_rows, check_pretraining,
+                                  released_quirks)
 
 # %% ../../nbs/53_models.mp4sr.ipynb #projections
 class Projections(nn.Module):
-    "Project both streams into the space of text and into the space of pictures (MP4SR, figure of the losses)."
+    "Project both streams into the spaces of text and of images (MP4SR, figure of the losses)."
     def __init__(
         self,
         hidden_size: int,  # D
     ):
         super().__init__()
-        self.text, self.image = nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.text = nn.Linear(hidden_size, hidden_size)
+        self.image = nn.Linear(hidden_size, hidden_size)
 
     def forward(
         self,
@@ -72,7 +74,7 @@ def disturbed_streams(
     max_swap: float = 0.5,  # highest rate of mixup
     mixup: bool = True,  # let the streams change places
 ) -> tuple[Tensor, Tensor]:  # `[B, 2, D]` ends of the histories, and `[B, 2, D]` the next items
-    "Encode shortened and mixed histories, and their next items (MP4SR, sequence random dropout and mixup)."
+    "Encode shortened and mixed histories, and their next items (MP4SR, its two disturbances)."
     drop_rate, swap_rate = from_main(lambda: torch.rand(2).tolist())
     batch = drop_items(batch, draw_item_drop(batch.item_pad_mask, max_drop * drop_rate))
     ids, rows = torch.cat([batch.item_seq.flatten(), batch.pos_item]).unique(return_inverse=True)
@@ -87,9 +89,7 @@ def stream_pretraining(
     batch: Batch,  # at most one row a user, with `pos_item [B]`
 ) -> dict[str, Tensor]:  # `"loss"` and the terms of `pretraining_terms`
     "Compute MP4SR's contrastive loss. Raises `NotImplementedError` in the transductive mode."
-    if not model.has_pretraining:
-        raise NotImplementedError("MP4SR with learned item vectors has no pre-training; pre-train "
-                                  "MP4SR(transductive=False) and transfer_weights from it")
+    check_pretraining(model)
     h, z = disturbed_streams(model.m2se, batch, **model.disturbance)
     spaces = h[:, :, None] if model.heads is None else model.heads(h)
     spaces, z, pos_item = gather_rows(F.normalize(spaces, dim=-1), F.normalize(z, dim=-1),
@@ -174,10 +174,9 @@ class MP4SR(Recommender):
         self,
         batch: Batch,  # with `pos_item [T]`, the items that came next
     ) -> dict[str, Tensor]:  # `"loss"`
-        n_drawn = self.n_candidates if self.training else None
-        vectors = self.item_vectors if n_drawn else lambda ids: self.item_vectors()
-        return {"loss": next_item_softmax(self.m2se.encoder, vectors, batch, self.catalogue.n_items,
-                                          self.temperature, n_drawn, cosine=True)}
+        draws = self.training and self.n_candidates
+        vectors = self.item_vectors if draws else lambda ids: self.item_vectors()
+        return next_item_terms(self, self.m2se.encoder, vectors, batch, cosine=True)
 
     def pretrain_loss(
         self,
