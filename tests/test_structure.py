@@ -198,11 +198,19 @@ def test_page_is_prose(page):
     assert prose >= 0.6 * len(code_cells(page)), f"{prose} markdown cells for {len(code_cells(page))} code cells"
 
 @each_page
-def test_first_cell_is_title_subtitle_and_badge(page):
+def test_page_begins_with_title_subtitle_and_badge(page):
+    "The badge has a cell of its own: the site takes the title's cell away."
     repository = SETTINGS["repository"].removeprefix("https://github.com/")
     url = f"https://colab.research.google.com/github/{repository}/blob/{SETTINGS['ref']}/nbs/{page.name}"
     badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})"
-    assert re.fullmatch(r"# \S[^\n]*\n\n> \S[^\n]*\n\n" + re.escape(badge) + r"\n?", source(cells(page)[0]))
+    assert re.fullmatch(r"# \S[^\n]*\n\n> \S[^\n]*\n?", source(cells(page)[0]))
+    assert source(cells(page)[1]) == badge
+
+def test_the_index_repeats_the_subtitle_of_every_page():
+    text = "\n".join(source(c) for c in cells(ROOT / "nbs/index.ipynb") if c["cell_type"] == "markdown")
+    for page in NUMBERED:
+        subtitle = source(cells(page)[0]).partition("\n\n> ")[2].strip()
+        assert f"| [{page.stem}]({page.name}) | {subtitle} |" in text, page.stem
 
 @each_page
 def test_install_cell_agrees_with_settings(page):

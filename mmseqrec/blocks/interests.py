@@ -1,4 +1,4 @@
-"""Group what texts and pictures of a catalogue say into interests, by k-means or by density peaks, block by block.
+"""Group what texts and images of a catalogue say into interests, by k-means or by density peaks, block by block.
 
 Docs: https://mmseqrec.github.io/mmseqrec/blocks.interests.html.md"""
 

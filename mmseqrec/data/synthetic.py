@@ -1,4 +1,4 @@
-"""Make a small shop whose pictures, words and customers are all known, so that every later page runs offline and can be checked against the truth.
+"""Make a small shop whose images, words and users are all known, so that every later page runs offline and can be checked against the truth.
 
 Docs: https://mmseqrec.github.io/mmseqrec/data.synthetic.html.md"""
 
