@@ -1,4 +1,4 @@
-"""Attention that can show its weights, Transformer blocks, and adapters that turn frozen features into ID embeddings.
+"""Attention that can show its weights, Transformer blocks, and adapters that turn frozen features into item vectors.
 
 Docs: https://mmseqrec.github.io/mmseqrec/blocks.layers.html.md"""
 
