@@ -370,10 +370,9 @@ def check_disjoint(
 ) -> int:  # number of user tokens that occur in both
     "Raise a `ValueError` if an item of `target` occurs in `sources`; count the users they share."
     shared = sorted(set(sources.item_tokens[1:]) & set(target.item_tokens[1:]))
-    if shared:
-        raise ValueError(f"{len(shared)} items of the target are in the sources, such as "
-                         f"{shared[0]!r}: remove them there, or give the domains different ids")
-    return len(set(sources.user_tokens) & set(target.user_tokens))
+    if not shared: return len(set(sources.user_tokens) & set(target.user_tokens))
+    found = f"{len(shared)} items of the target are in the sources, such as {shared[0]!r}"
+    raise ValueError(f"{found}: remove them there, or give the domains different ids")
 
 # %% ../../nbs/11_data.interactions.ipynb #combine-domains
 def combine_domains(
@@ -415,8 +414,7 @@ def load_split(
     "Read a split; raise `FileNotFoundError`, or `ValueError` for damaged files."
     folder = Path(folder)
     try: ids, arrays = read_json(folder / "ids.json"), load_file(folder / "events.safetensors")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} holds no saved split: {error}") from None
+    except FileNotFoundError as error: raise FileNotFoundError(f"no saved split: {error}") from None
     except SafetensorError as error:
         raise ValueError(f"{folder}/events.safetensors is damaged ({error}): save again") from None
     stage, cold = arrays.pop("stage"), arrays.pop("cold_items")
@@ -434,8 +432,7 @@ class Table:
     locate: Callable[[int], str]  # row, counted from 0 -> `"ratings.csv, line 7"`
 
     def __post_init__(self):
-        if self.frame.height: return
-        raise ValueError(f"{self.name}: a header but no rows; check how it was written")
+        if not self.frame.height: raise ValueError(f"{self.name}: a header but no rows; check it")
 
 # %% ../../nbs/11_data.interactions.ipynb #from-pandas
 def _from_pandas(column):
@@ -560,9 +557,8 @@ def _first_line(content, is_bad):
 def _explain_bad_text(content, separator, name, error):
     "Raise a `ValueError` that names the first line polars could not have read."
     remedy, width = "write it again as UTF-8 with a standard CSV writer", None
-    if "utf-8" in str(error).lower():
-        line = _first_line(content, lambda line: line.decode(errors="ignore").encode() != line)
-        if line: raise ValueError(f"{name}, line {line}: not UTF-8 text; {remedy}") from None
+    line = _first_line(content, lambda line: line.decode(errors="ignore").encode() != line)
+    if line: raise ValueError(f"{name}, line {line}: not UTF-8 text; {remedy}") from None
     for line, fields in _records(content, separator, name, strict=True):
         width = width or len(fields)
         if len(fields) <= width: continue
@@ -640,10 +636,9 @@ def _read_json(content, wanted, name):
 def _read_parquet(content, wanted, name):
     "Read a Parquet file into a `Table`."
     try:
-        with _binary(content) as file: names = list(pl.read_parquet_schema(file))
-        _check_columns(names, wanted, name)
-        columns = list((wanted or {}).values()) or None
-        with _binary(content) as file: frame = pl.read_parquet(file, columns=columns)
+        lazy = pl.scan_parquet(content, glob=False)
+        _check_columns(lazy.collect_schema().names(), wanted, name)
+        frame = lazy.select(list((wanted or {}).values()) or pl.all()).collect()
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         problem = str(error).splitlines()[0]
         raise ValueError(f"{name}: damaged Parquet ({problem}); fetch or write it again") from None
@@ -690,14 +685,13 @@ def _clean_ids(table, column):
 _TIME_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d", "%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M")
 
 def _parse_dates(values):
-    "Seconds since 1970 of ISO 8601 text, null where it is none."
+    "Dates of ISO 8601 text, null where it is none."
     clean = values.str.replace(r"\s*(UTC|GMT)$", "Z").str.replace(r"^(\S+)\s+", "${1}T")
     to_dates = partial(pl.lit(clean).str.to_datetime, strict=False, time_unit="us", time_zone="UTC")
-    dates = pl.select(pl.coalesce(map(to_dates, _TIME_FORMATS))).to_series()
-    return dates.dt.epoch("us") / 1_000_000
+    return pl.select(pl.coalesce(map(to_dates, _TIME_FORMATS))).to_series()
 
 def _parse_text(values):
-    "Numbers that text holds, or seconds of the dates that it holds, whichever it holds more of."
+    "Numbers that text holds, or the dates that it holds, whichever it holds more of."
     numbers = values.cast(pl.Int64, strict=False)
     if numbers.null_count(): numbers = values.cast(pl.Float64, strict=False)
     if not numbers.null_count(): return numbers
@@ -709,11 +703,11 @@ def parse_times(
     values: pl.Series,  # `[E]` whole or decimal numbers, dates, or text that holds either
 ) -> pl.Series:  # `[E]` Int64 where all are whole, else Float64; null where a value cannot be read
     "Read times as numbers; ISO 8601 dates become seconds since 1970 (UTC unless they name a zone)."
-    if values.dtype in (pl.Date, pl.Datetime): numbers = values.dt.epoch("us") / 1_000_000
-    elif values.dtype.is_numeric(): numbers = values
-    else: numbers = _parse_text(values.cast(pl.String).str.strip_chars())
-    if numbers.dtype.is_integer(): return numbers.cast(pl.Int64)
-    numbers = numbers.cast(pl.Float64).replace([np.nan, np.inf, -np.inf], None)
+    if not (values.dtype.is_numeric() or values.dtype in (pl.Date, pl.Datetime)):
+        values = _parse_text(values.cast(pl.String).str.strip_chars())
+    if values.dtype.is_integer(): return values.cast(pl.Int64)
+    if not values.dtype.is_numeric(): values = values.dt.epoch("us") / 1_000_000
+    numbers = values.cast(pl.Float64).replace([np.nan, np.inf, -np.inf], None)
     whole = ((numbers % 1 == 0) & (numbers.abs() < 2**53)).all()
     return numbers.cast(pl.Int64) if whole else numbers
 
