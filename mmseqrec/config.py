@@ -70,13 +70,12 @@ def at_least(
     low: float,  # smallest allowed value
 ) -> Callable[[str], float]:  # from the text of an argument to the number
     "Make a reader of numbers that raises `argparse.ArgumentTypeError` for what is too small."
+    what = "a whole number" if kind is int else "a number"
     def read(text):
         try: value = kind(text)
-        except ValueError: value = None
-        if value is None or not value >= low:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} of at least {low:g}")
-        return value
+        except ValueError: value = float("nan")
+        if value >= low: return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} of at least {low:g}")
     return read
 
 # %% ../nbs/46_config.ipynb #count
@@ -209,6 +208,9 @@ class RunConfig(_Training, _Systems, _Features, _Marketplace, _Data):
         return cls(**values)
 
 # %% ../nbs/46_config.ipynb #check-config
+_EITHER = "give either a source ({0.source}) or tables of your own ({0.interactions})"
+_METRIC = "unknown metric {!r}; use recall@k, ndcg@k, mrr@k with a whole number k, or mrr"
+
 def _check_config(config):
     "Turn lists into tuples; raise `ValueError` for what does not exist or contradicts itself."
     for name in ("text_columns", "systems", "seeds"):
@@ -217,9 +219,6 @@ def _check_config(config):
     if unknown := [name for name in config.systems or () if name not in SYSTEM_TITLES]:
         raise ValueError(f"unknown system {unknown[0]!r}; there are {', '.join(SYSTEM_TITLES)}")
     if not config.seeds: raise ValueError("give at least one seed")
-    if config.source and config.interactions:
-        raise ValueError(f"give either a source ({config.source}) or tables of your own "
-                         f"({config.interactions})")
+    if config.source and config.interactions: raise ValueError(_EITHER.format(config))
     if not re.fullmatch(r"(recall|ndcg|mrr)@[1-9]\d*|mrr", config.metric):
-        raise ValueError(f"unknown metric {config.metric!r}; use recall@k, ndcg@k, mrr@k with a "
-                         "whole number k, or mrr")
+        raise ValueError(_METRIC.format(config.metric))

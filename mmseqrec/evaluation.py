@@ -36,6 +36,8 @@ def user_means(
     return np.bincount(code, values) / count
 
 # %% ../nbs/42_evaluation.ipynb #evaluation
+_METRICS = {"recall": recall_at_k, "ndcg": ndcg_at_k, "mrr": mrr}
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     "Ranks of all held-out events under one recommender."
@@ -52,12 +54,10 @@ class Evaluation:
     ) -> np.ndarray:  # `[R]`
         "Compute a metric for each row. Raises `ValueError` for an unknown one."
         name, _, k = metric.partition("@")
-        functions = {"recall": recall_at_k, "ndcg": ndcg_at_k, "mrr": mrr}
-        if name not in functions or not (k.isdigit() or metric == "mrr"):
-            raise ValueError(f"unknown metric {metric!r}; use recall@k, ndcg@k, mrr or mrr@k with a "
-                             "whole number k")
+        if name not in _METRICS or not (k.isdigit() or metric == "mrr"):
+            raise ValueError(f"unknown metric {metric!r}; use recall@k, ndcg@k, mrr or mrr@k")
         arguments = [int(k)] if k else []
-        return functions[name](torch.from_numpy(self.ranks), *arguments).numpy()
+        return _METRICS[name](torch.from_numpy(self.ranks), *arguments).numpy()
 
     def metrics(
         self,
@@ -106,8 +106,7 @@ def slice_table(
     for name, rows in groups.items():
         means = user_means(values[rows], evaluation.user[rows])
         low, high = bootstrap_interval(means)
-        table[name] = {"rows": int(rows.sum()), "value": float(means.mean()), "low": low,
-                       "high": high}
+        table[name] = dict(rows=int(rows.sum()), value=float(means.mean()), low=low, high=high)
     return table
 
 # %% ../nbs/42_evaluation.ipynb #groups
@@ -128,6 +127,8 @@ def history_groups(
     return quantile_groups(evaluation.history_length, n_groups, "items before")
 
 # %% ../nbs/42_evaluation.ipynb #plot-slices
+_ENDS = ("value", "low", "high")
+
 def plot_slices(
     tables: Mapping[str, Mapping[str, dict]],  # system -> `slice_table` of the same groups
     title: str = "",
@@ -140,8 +141,7 @@ def plot_slices(
     groups = next(iter(tables.values()))
     x = np.arange(len(groups))
     for number, (system, table) in enumerate(tables.items()):
-        shown = [[table[g][key] for g in groups] for key in ("value", "low", "high")]
-        value, low, high = np.array(shown)
+        value, low, high = np.array([[table[g][key] for g in groups] for key in _ENDS])
         bars = np.stack([value - low, high - value]).clip(0)  # not negative by a rounding
         ax.errorbar(x + .8 * ((number + .5) / len(tables) - .5), value, bars, fmt="o", markersize=5,
                     capsize=2.5, elinewidth=1.2, label=system, color=(colors or {}).get(system))
@@ -161,8 +161,7 @@ def compare_evaluations(
 ) -> dict[str, float]:  # `difference` (first minus second), `low` and `high` (95 %), `p_value`
     "Compare two evaluations user by user. Raises `ValueError` if they are of different rows."
     rows = [[e.pos_item.tolist(), e.user.tolist()] for e in (evaluation, other)]
-    if rows[0] != rows[1]:
-        raise ValueError("the evaluations are of different rows; use the same store and stage")
+    if rows[0] != rows[1]: raise ValueError("these are different rows; use one store and stage")
     return paired_test(*(user_means(e.values(metric), e.user) for e in (evaluation, other)))
 
 # %% ../nbs/42_evaluation.ipynb #rank-batch
@@ -190,6 +189,9 @@ def rank_batch(
     return torch.cat(ranks), torch.cat(top)
 
 # %% ../nbs/42_evaluation.ipynb #evaluate
+_OTHER_ITEMS = ("the events know {} items, the recommender's catalogue {}; call set_catalogue with "
+                "the same items")
+
 @torch.inference_mode()
 def evaluate(
     model: Recommender,  # with a catalogue
@@ -206,9 +208,7 @@ def evaluate(
     events, device, was_training = store.rows(stage), model.device, model.training
     if not len(events): raise ValueError("nothing to evaluate: no event of the stage has a history")
     known = getattr(model.catalogue, "n_items", "none")
-    if known != store.n_items:
-        raise ValueError(f"the events know {store.n_items} items, the recommender's catalogue "
-                         f"{known}; call set_catalogue with the same items")
+    if known != store.n_items: raise ValueError(_OTHER_ITEMS.format(store.n_items, known))
     model.eval()
     items = encode_catalogue(model)
     ranks, top = np.zeros(len(events)), np.zeros((len(events), min(n_top, len(items))), np.int64)

@@ -11,10 +11,8 @@ __all__ = ['INPUT_ERRORS', 'COMMANDS', 'Parser', 'make_parser', 'resolve_config'
 
 # %% ../../nbs/81_app.cli.ipynb #imports
 import argparse
-import importlib
 import json
 import os
-import pkgutil
 import re
 import shlex
 import sys
@@ -23,10 +21,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import mmseqrec as mm
 from ..config import SETTING_GROUPS, RunConfig, at_least, choose_systems, option_of
 
 # %% ../../nbs/81_app.cli.ipynb #options
-_OPTIONS = {
+_OPTIONS = dict(map(option_of, fields(RunConfig))) | {
     "model": dict(metavar="MODEL", help="folder of a saved recommender, such as "
                   "runs/marketplace/models/sasrec-seed0"),
     "--config": dict(metavar="FILE", help="settings as JSON, such as run.json of an earlier run"),
@@ -64,14 +63,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 # %% ../../nbs/81_app.cli.ipynb #parser-of-all
+_DESCRIPTION = "Learn, run and extend multimodal sequential recommendation."
+_EPILOG = ("Without any option, `mmseqrec run` builds a small marketplace, compares recommenders "
+           "on it and writes a report, in a few minutes on a laptop and without a network.")
+_VERSION = dict(action="version", version=mm.__version__, help="print the version and leave")
+
 def make_parser() -> Parser:
     "Build the parser of all commands."
-    parser = Parser(
-        "mmseqrec", description="Learn, run and extend multimodal sequential recommendation.",
-        epilog="Without any option, `mmseqrec run` builds a small marketplace, compares "
-               "recommenders on it and writes a report, in a few minutes on a laptop and without "
-               "a network.")
-    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser = Parser("mmseqrec", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("--version", **_VERSION)
     commands = parser.add_subparsers(dest="command", parser_class=Parser)
     for name, (text, flags) in _COMMAND_OPTIONS.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -84,21 +84,18 @@ def _add_options(command, groups, flags):
     for group in groups:
         place = command.add_argument_group(group.__doc__)
         for flag, words in map(option_of, fields(group)): place.add_argument(flag, **words)
-    known = dict(map(option_of, fields(RunConfig))) | _OPTIONS
     either = command.add_mutually_exclusive_group() if "--history" in flags else None
     for flag in (*flags, "--quiet", "--debug"):
         place = either if flag.startswith("--histor") else command
-        place.add_argument(flag, **known[flag])
+        place.add_argument(flag, **_OPTIONS[flag])
 
 # %% ../../nbs/81_app.cli.ipynb #config
 def resolve_config(
     args: argparse.Namespace,  # of `mmseqrec run`
 ) -> RunConfig:
     "Combine defaults, file and options; raises `ValueError` or `FileNotFoundError`."
-    from mmseqrec.artifacts import read_json
-    values = {} if args.config is None else read_json(args.config)
-    if not isinstance(values, dict):
-        raise ValueError(f"{args.config} must hold one JSON object with settings")
+    values = {} if args.config is None else mm.artifacts.read_json(args.config)
+    if not isinstance(values, dict): raise ValueError(f"{args.config} must hold one JSON object")
     typed = {setting.name: getattr(args, setting.name) for setting in fields(RunConfig)}
     values |= {name: value for name, value in typed.items() if value is not None}
     if values.get("systems") is not None: values["systems"] = choose_systems(values["systems"])
@@ -110,22 +107,21 @@ def check_device(
     name: str | None,  # such as `"cuda:1"`; `None` is `"auto"`
 ):  # `torch.device`
     "Return the device; raise a `ValueError` with a sentence if there is no such device."
-    from mmseqrec.core import get_device
-    try: return get_device(name or "auto")
+    try: return mm.get_device(name or "auto")
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:1 or mps") from None
 
 # %% ../../nbs/81_app.cli.ipynb #default-folder
+_NAMES = {"kitchen": "marketplace"}  # of folders, where the name of the domain says too little
+
 def default_folder(
     config: RunConfig,
 ) -> Path:  # such as `runs/marketplace`
     "Name a folder for a run after its data."
-    if config.source is not None:
-        kind, _, rest = config.source.partition(":")
-        name = Path(rest).resolve().name if kind == "benchmark" else config.source.replace(":", "-")
-        return Path("runs", name)
-    if config.interactions is None:
-        return Path("runs", "marketplace" if config.domain == "kitchen" else config.domain)
+    kind, _, rest = (config.source or "").partition(":")
+    if kind == "benchmark": return Path("runs", Path(rest).resolve().name)
+    if config.source is not None: return Path("runs", config.source.replace(":", "-"))
+    if config.interactions is None: return Path("runs", _NAMES.get(config.domain, config.domain))
     path = Path(config.interactions).resolve()
     stem = path.name.partition(".")[0]
     return Path("runs", path.parent.name or stem if stem in ("interactions", "events") else stem)
@@ -143,23 +139,24 @@ def text_table(
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 # %% ../../nbs/81_app.cli.ipynb #run-table
+_INTERVAL = "{value:.3f} [{low:.3f}, {high:.3f}]"
+_DIFFERENCE = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+
 def run_table(
     run,  # `Run`
 ) -> str:
     "Lay out the systems of a run as text."
-    from mmseqrec.app.report import (best_baseline, format_seconds, metric_title, paired_difference,
-                                     system_summaries)
-    metric, systems, rows = run.config.metric, system_summaries(run), []
-    baseline, shown = best_baseline(systems, metric), list(dict.fromkeys((metric, "recall@10")))
-    interval = "{value:.3f} [{low:.3f}, {high:.3f}]".format_map
-    signed = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format_map
+    from mmseqrec.app import report
+    metric, systems, rows = run.config.metric, report.system_summaries(run), []
+    baseline, shown = report.best_baseline(systems, metric), dict.fromkeys((metric, "recall@10"))
     for system in systems:
-        cells = [interval(system.summary(each)) for each in shown]
-        versus = "" if system is baseline else signed(paired_difference(system, baseline, metric))
+        cells = [_INTERVAL.format_map(system.summary(each)) for each in shown]
+        paired = system is not baseline and report.paired_difference(system, baseline, metric)
+        versus = _DIFFERENCE.format_map(paired) if paired else ""
         seconds = sum(result.seconds for result in system.results) / len(system.results)
         rows.append([system.title, *cells, versus, f"{system.results[0].n_parameters:,}",
-                     format_seconds(seconds)])
-    columns = (*map(metric_title, shown), f"vs {baseline.title}", "parameters", "training")
+                     report.format_seconds(seconds)])
+    columns = (*map(report.metric_title, shown), f"vs {baseline.title}", "parameters", "training")
     return text_table(("system", *columns), rows)
 
 # %% ../../nbs/81_app.cli.ipynb #run-command
@@ -170,20 +167,13 @@ def run_command(
     "Prepare data, train, evaluate, and write the report."
     config = resolve_config(args)
     folder = Path(args.out or default_folder(config))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file; name a folder")
-    from mmseqrec.app.report import format_seconds
-    from mmseqrec.core import each_for_itself, n_processes
-    from mmseqrec.experiments.run import run_all
+    if folder.is_file(): raise ValueError(f"--out {folder} is a file; name a folder")
     if _is_first(): _announce(folder, config)
     start = time.perf_counter()
-    run = run_all(config, folder, progress=_is_first() and not args.quiet)
+    run = mm.run_all(config, folder, progress=_is_first() and not args.quiet)
     if not _is_first(): return folder / "report.html"
-    with each_for_itself(): path = _write_report(run, folder, command)
-    _print_run(run, is_standard=config.systems is None)
-    together = f" on {n_processes()} processes" if n_processes() > 1 else ""
-    seconds = format_seconds(time.perf_counter() - start)
-    print(f"The report is {path}. Everything took {seconds}{together}.")
+    with mm.core.each_for_itself(): path = _write_report(run, folder, command)
+    _print_run(run, path, is_standard=config.systems is None, start=start)
     return path
 
 # %% ../../nbs/81_app.cli.ipynb #announce
@@ -198,24 +188,26 @@ def _announce(folder, config):
 # %% ../../nbs/81_app.cli.ipynb #write-report
 def _write_report(run, folder, command):
     "Write titles, table and report of a run; return where the report is."
-    from mmseqrec.app.report import item_titles, write_report
-    from mmseqrec.artifacts import write_json
-    from mmseqrec.experiments.run import result_table
+    from mmseqrec.app.report import item_titles
     titles = dict(zip(run.data.items.item_tokens[1:], item_titles(run.data.items)[1:]))
-    write_json(folder / "titles.json", titles)
-    write_json(folder / "table.json", result_table(run))
-    return write_report(run, folder / "report.html", command)
+    mm.artifacts.write_json(folder / "titles.json", titles)
+    mm.artifacts.write_json(folder / "table.json", mm.result_table(run))
+    return mm.write_report(run, folder / "report.html", command)
 
 # %% ../../nbs/81_app.cli.ipynb #print-run
-def _print_run(run, is_standard):
-    "Print which standard systems were left out, and the table."
-    from mmseqrec.app.report import one_seed_note
+_NOTE = """In brackets: 95% intervals over users. {}
+table.json has more of each system: Recall@50, NDCG@50 and MRR, spread over seeds, p-values.
+The report is {}. Everything took {}{}."""
+
+def _print_run(run, path, is_standard, start):
+    "Print which standard systems were left out, the table, and where the report is."
+    from mmseqrec.app.report import format_seconds, one_seed_note
     for note in run.data.notes if is_standard else ():
         if "left out" in note: print(note)
-    print(f"\n{run_table(run)}\n")
-    print("In brackets: 95% intervals over users.", one_seed_note(run))
-    print("table.json has more of each system: Recall@50, NDCG@50 and MRR, spread over seeds, "
-          "p-values.")
+    n, seconds = mm.core.n_processes(), format_seconds(time.perf_counter() - start)
+    together = f" on {n} processes" if n > 1 else ""
+    note = _NOTE.format(one_seed_note(run), path, seconds, together)
+    print(f"\n{run_table(run)}\n\n{note}")
 
 # %% ../../nbs/81_app.cli.ipynb #changed-settings
 def changed_settings(
@@ -223,9 +215,8 @@ def changed_settings(
     config: RunConfig,
 ) -> str:  # such as `"epochs was 5, is 10"`; empty if nothing changed or nothing was there
     "Say how a configuration differs from that of the run which a folder holds."
-    from mmseqrec.artifacts import read_json
     if not (folder / "run.json").exists(): return ""
-    old, new = read_json(folder / "run.json"), json.loads(json.dumps(config.to_dict()))
+    old, new = mm.artifacts.read_json(folder / "run.json"), json.loads(json.dumps(config.to_dict()))
     return "; ".join(f"{name} was {old[name]!r}, is {value!r}" for name, value in new.items()
                      if name in old and old[name] != value)
 
@@ -249,11 +240,8 @@ def main(
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.version:
-        import mmseqrec
-        print(mmseqrec.__version__)
-    elif args.command is None: parser.print_help()
-    else: return _call(args, f"mmseqrec {shlex.join(argv)}")
+    if args.command is not None: return _call(args, f"mmseqrec {shlex.join(argv)}")
+    parser.print_help()
     return 0
 
 def _call(args, typed):
@@ -278,43 +266,27 @@ def load_recommender(
     device: str | None = None,  # where it shall compute; `None` is `"auto"`
 ):  # `Recommender`, ready to answer
     "Load a saved recommender of any kind; raises `FileNotFoundError` or `ValueError`."
-    from mmseqrec.artifacts import read_json
-    folder = Path(folder)
+    folder, device = Path(folder), check_device(device)
     if not (folder / "config.json").is_file():
         inside = sorted(str(path.parent) for path in folder.glob("**/model.safetensors"))
         hint = f"; perhaps you mean {', '.join(inside[:4])}" if inside else ""
-        raise FileNotFoundError(f"{folder} holds no saved recommender (there is no config.json)"
-                                f"{hint}")
-    name, device = str(read_json(folder / "config.json").get("recommender")), check_device(device)
-    if (kind := _recommender_classes().get(name)) is None:
-        raise ValueError(f"{folder}/config.json names the recommender {name!r}, which this "
-                         "mmseqrec does not have")
-    try: model = kind.from_pretrained(str(folder)).to(device).eval()
-    except INPUT_ERRORS: raise
+        raise FileNotFoundError(f"{folder} holds no saved recommender (no config.json){hint}")
+    mm.artifacts.read_json(folder / "config.json")  # a sentence if it is no JSON
+    try: model = mm.Recommender.from_pretrained(str(folder)).to(device)
     except Exception as error:
         raise ValueError(f"{folder} cannot be loaded ({error}); save it again") from None
     if model.catalogue is None:
         raise ValueError(f"{folder} was saved without its items; save it with_catalogue=True")
     return model
 
-# %% ../../nbs/81_app.cli.ipynb #recommender-classes
-def _recommender_classes():
-    "Import all systems; return class name -> class."
-    from mmseqrec.recommender import Recommender
-    found = {}
-    for module in pkgutil.iter_modules(importlib.import_module("mmseqrec.models").__path__):
-        found |= vars(importlib.import_module(f"mmseqrec.models.{module.name}"))
-    return {name: kind for name, kind in found.items()
-            if isinstance(kind, type) and issubclass(kind, Recommender)}
-
 # %% ../../nbs/81_app.cli.ipynb #run-of
 def run_of(
     folder: str | Path,  # of a saved recommender
 ) -> tuple[Path, dict] | None:  # folder and configuration of its run, if it belongs to one
     "Find the run that a recommender was saved by."
-    from mmseqrec.artifacts import read_json
     for parent in list(Path(folder).resolve().parents)[:3]:
-        if (parent / "run.json").is_file(): return parent, read_json(parent / "run.json")
+        path = parent / "run.json"
+        if path.is_file(): return parent, mm.artifacts.read_json(path)
 
 # %% ../../nbs/81_app.cli.ipynb #known-events
 def known_events(
@@ -323,33 +295,31 @@ def known_events(
 ):  # `Interactions` whose items are rows of the catalogue
     "Keep the events whose items a catalogue has. Raises `ValueError` if there are none."
     import numpy as np
-
-    from mmseqrec.data.interactions import select_events
     row_of = {token: row for row, token in enumerate(item_tokens) if row}
-    known = np.array([token in row_of for token in interactions.item_tokens])[interactions.item]
-    if not known.any():
+    rows = np.array([row_of.get(token, 0) for token in interactions.item_tokens], np.int32)
+    item = rows[interactions.item]
+    if not item.any():
         raise ValueError(f"{interactions.source or 'the table'} names none of the recommender's "
-                         f"items, which are called {', '.join(list(item_tokens)[1:4])}, ...; "
-                         "choose the column with --item-column")
-    kept = select_events(interactions, known)
-    rows = np.array([row_of.get(token, 0) for token in kept.item_tokens], np.int32)
-    return replace(kept, item=rows[kept.item], item_tokens=list(item_tokens))
+                         f"items, such as {item_tokens[1]}; choose the column with --item-column")
+    kept = mm.data.interactions.select_events(interactions, item > 0)
+    return replace(kept, item=item[item > 0], item_tokens=list(item_tokens))
 
 # %% ../../nbs/81_app.cli.ipynb #events
+_COLUMN_SETTINGS = ("user_column", "item_column", "time_column")
+
 def events_of(
     args: argparse.Namespace,  # of `mmseqrec evaluate`
 ):  # `Interactions`
     "Read the events that were named, or else those of the recommender's run, cut to its k-core."
-    from mmseqrec.data.interactions import k_core, read_interactions
     run = run_of(args.model)
     if args.interactions is None and run is None:
         raise ValueError(f"{args.model} does not lie in a run; name a table with --interactions")
     settings = RunConfig().to_dict() | (run[1] if run else {})
-    columns = [getattr(args, name) or settings[name]
-               for name in ("user_column", "item_column", "time_column")]
-    if args.interactions is not None: return read_interactions(args.interactions, *columns)
+    columns = [getattr(args, name) or settings[name] for name in _COLUMN_SETTINGS]
+    if args.interactions is not None: return mm.read_interactions(args.interactions, *columns)
     path = settings["interactions"] or run[0] / "data/interactions.csv"
-    return k_core(read_interactions(path, *columns), settings["min_user"], settings["min_item"])
+    events = mm.read_interactions(path, *columns)
+    return mm.k_core(events, settings["min_user"], settings["min_item"])
 
 # %% ../../nbs/81_app.cli.ipynb #evaluate-command
 def evaluate_command(
@@ -357,15 +327,10 @@ def evaluate_command(
     command: str = "",  # what was typed
 ) -> dict:  # what the JSON file holds
     "Rank held-out events with a saved recommender."
-    from mmseqrec.artifacts import write_json
-    from mmseqrec.data.interactions import leave_one_out
-    from mmseqrec.data.sequences import TEST, VALID, SequenceStore
-    from mmseqrec.evaluation import evaluate
-    model = load_recommender(args.model, args.device)
-    events = events_of(args)
-    split = leave_one_out(known_events(events, model.catalogue.item_tokens))
-    store, stage = SequenceStore.from_split(split), VALID if args.stage == "valid" else TEST
-    result = evaluate(model, store, stage, bool(args.exclude_seen), progress=not args.quiet)
+    model, events = load_recommender(args.model, args.device), events_of(args)
+    split = mm.leave_one_out(known_events(events, model.catalogue.item_tokens))
+    store, stage = mm.SequenceStore.from_split(split), getattr(mm, args.stage.upper())
+    result = mm.evaluate(model, store, stage, bool(args.exclude_seen), progress=not args.quiet)
     record = {
         "model": str(args.model), "recommender": type(model).__name__, "source": events.source,
         "stage": args.stage, "exclude_seen": bool(args.exclude_seen), "n_events": len(result.ranks),
@@ -373,32 +338,36 @@ def evaluate_command(
         "n_events_left_out": events.n_events - split.interactions.n_events,
         **result.beyond_accuracy(split.item_counts()), "metrics": _metrics(result)}
     _print_evaluation(record, events.n_events)
-    if args.json is not None: print(f"written: {write_json(args.json, record)}")
+    if args.json is not None: print(f"written: {mm.artifacts.write_json(args.json, record)}")
     return record
 
 COMMANDS["evaluate"] = evaluate_command
 
 # %% ../../nbs/81_app.cli.ipynb #evaluate-print
+_METRICS = ("recall@10", "recall@20", "recall@50", "ndcg@10", "ndcg@20", "ndcg@50", "mrr")
+
 def _metrics(result):
     "Return metric -> value and interval of an `Evaluation`."
-    names = [f"{name}@{k}" for name in ("recall", "ndcg") for k in (10, 20, 50)] + ["mrr"]
     means = result.metrics(ks=(10, 20, 50))
     return {name: dict(zip(("value", "low", "high"), (means[name], *result.interval(name))))
-            for name in names}
+            for name in _METRICS}
 
 # %% ../../nbs/81_app.cli.ipynb #evaluate-lines
+_EVALUATION = """{recommender}: {n_events:,} {stage} events ranked against {n_items:,} items
+
+{table}
+
+coverage@10 {coverage:.3f}, novelty {novelty:.2f} bits"""
+
 def _print_evaluation(record, n_given):
     "Print what `evaluate_command` found in `n_given` events."
     from mmseqrec.app.report import metric_title
-    if lost := record["n_events_left_out"]:
-        print(f"{lost:,} of {n_given:,} events, whose items the recommender does not have, "
-              "are left out.")
-    print(f"{record['recommender']}: {record['n_events']:,} {record['stage']} events ranked "
-          f"against {record['n_items']:,} items\n")
-    print(text_table(("metric", "mean", "95% interval"), [
-        (metric_title(name), f"{each['value']:.4f}", f"{each['low']:.4f} to {each['high']:.4f}")
-        for name, each in record["metrics"].items()]))
-    print(f"\ncoverage@10 {record['coverage']:.3f}, novelty {record['novelty']:.2f} bits")
+    lost = record["n_events_left_out"]
+    if lost: print(f"{lost:,} of {n_given:,} events have unknown items and are left out.")
+    rows = [(metric_title(name), f"{x['value']:.4f}", f"{x['low']:.4f} to {x['high']:.4f}")
+            for name, x in record["metrics"].items()]
+    table = text_table(("metric", "mean", "95% interval"), rows)
+    print(_EVALUATION.format(table=table, **record))
 
 # %% ../../nbs/81_app.cli.ipynb #histories
 def read_histories(
@@ -431,17 +400,15 @@ def recommend_command(
     command: str = "",  # what was typed
 ) -> list[dict]:  # what the JSON file holds
     "Recommend items for histories."
-    from mmseqrec.artifacts import read_json, write_json
     histories = _asked_histories(args)
-    if not histories:
-        raise ValueError("there is no history; give --history a b c, or --histories FILE")
+    if not histories: raise ValueError("no history; give --history a b c, or --histories FILE")
     model, run = load_recommender(args.model, args.device), run_of(args.model)
     has_titles = run is not None and (run[0] / "titles.json").is_file()
-    titles = read_json(run[0] / "titles.json") if has_titles else {}
+    titles = mm.artifacts.read_json(run[0] / "titles.json") if has_titles else {}
     found = model.recommend(histories, args.k, exclude_seen=bool(args.exclude_seen))
     answers = [{"history": history, **asdict(each)} for history, each in zip(histories, found)]
     for number, answer in enumerate(answers, 1): _print_answer(number, titles=titles, **answer)
-    if args.json is not None: print(f"\nwritten: {write_json(args.json, answers)}")
+    if args.json is not None: print(f"\nwritten: {mm.artifacts.write_json(args.json, answers)}")
     return answers
 
 COMMANDS["recommend"] = recommend_command
@@ -462,11 +429,10 @@ def embed_command(
     command: str = "",  # what was typed
 ) -> Path:  # the folder
     "Write the vectors of items, and of histories if some are given."
-    from mmseqrec.recommender import export_vectors
     histories = _asked_histories(args)
     model = load_recommender(args.model, args.device)
     folder = Path(args.out or Path(args.model) / "vectors")
-    for name, shape in export_vectors(model, folder, histories).items():
+    for name, shape in mm.export_vectors(model, folder, histories).items():
         print(f"{folder / name}.safetensors: {shape}, rows named in {name}.json")
     return folder
 

@@ -21,10 +21,10 @@ import polars as pl
 
 from ..artifacts import compute_or_load
 from ..config import RunConfig
-from ..evaluation import user_means
 from .run import (SYSTEMS, Result, Run, RunData, difference, load_result,
                                       prepare_data, result_fingerprint, result_table, run_system)
 from ..figures import COLORS, plot_bars
+from ..metrics import mean_interval
 
 # %% ../../nbs/61_experiments.compare.ipynb #comparison-table
 def comparison_table(
@@ -33,9 +33,8 @@ def comparison_table(
 ) -> pl.DataFrame:  # one row a system
     "Lay a stored grid out as a table."
     rows = _rows_by(stored, metric)
-    recall = {row["system"]: row["recall@10"]["value"] for row in rows}
+    least = _recalls(rows).get("popularity")
     def number(m): return f"{m['value']:.4f}" + (f" ± {m['spread']:.4f}" if m["spread"] else "")
-    least = recall.get("popularity")
     def times(m): return f"{m['value'] / least:.1f}" if least else ""
     return pl.DataFrame([{
         "system": row["title"], "seeds": row["n_seeds"], "NDCG@10": number(row["ndcg@10"]),
@@ -45,6 +44,8 @@ def comparison_table(
         "Recall@50": "{value:.4f}".format(**row["recall@50"]),
         "parameters": f"{row['n_parameters']:,}", "seconds": f"{row['seconds']:.0f}"}
         for row in rows])
+
+def _recalls(rows): return {row["system"]: row["recall@10"]["value"] for row in rows}
 
 def _rows_by(stored, metric):
     "Sort the systems of a stored grid, best first."
@@ -68,17 +69,15 @@ def plot_comparison(
         ax.plot(value["value"], y, "o", markersize=7, markeredgewidth=1.6, color=system.color,
                 markerfacecolor=system.color if system.pretrain else "white")
         if system.name == "markov": ax.axvline(value["value"], **_DASHED)
-    name, _, k = metric.partition("@")
     _name_rows(ax, [row["title"] for row in rows])
-    ax.set(title=title, xlabel=f"{ {'ndcg': 'NDCG', 'recall': 'Recall'}[name]}@{k}")
+    ax.set(title=title, xlabel=metric.upper().replace("RECALL", "Recall"))
     return ax
 
 _DASHED = dict(color=COLORS["ink"], linewidth=.9, linestyle=(0, (4, 3)))
 
 def _name_rows(ax, names):
     "Write a name beside each row of a figure, the first on top."
-    ax.set(yticks=range(len(names)), ylim=(len(names) - .5, -.6))
-    ax.set_yticklabels(names)
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.6))
     ax.grid(axis="y", visible=False)
 
 # %% ../../nbs/61_experiments.compare.ipynb #paired
@@ -89,17 +88,14 @@ def paired_over_seeds(
     metric: str = "ndcg@10",  # one of `KEPT_METRICS`
 ) -> dict:  # `difference` (first - second), `low`, `high` (95 %), `wins` of `n`, `differences`
     "Compare two systems seed by seed; raises `ValueError` with fewer than two seeds in common."
-    from scipy.stats import t
     values = {(run["system"], run["seed"]): run[metric] for run in runs}
     sides = _of_common_seeds(values, (first, second))
     n = max(map(len, sides)) if all(sides) else 0
-    if n < 2:
-        raise ValueError(f"{first} and {second} have {n} seeds in common; a paired comparison "
-                         "needs at least 2")
+    if n < 2: raise ValueError(f"{first} and {second} have {n} seeds in common; it takes 2 or more")
     d = np.array(sides[0]) - np.array(sides[1])
-    half = t.ppf(.975, n - 1) * d.std(ddof=1) / n ** .5
-    return {"difference": d.mean(), "low": d.mean() - half, "high": d.mean() + half,
-            "wins": int((d > 0).sum()), "n": n, "differences": d.tolist()}
+    low, high = mean_interval(d)
+    return {"difference": d.mean(), "low": low, "high": high, "wins": int((d > 0).sum()), "n": n,
+            "differences": d.tolist()}
 
 # %% ../../nbs/61_experiments.compare.ipynb #common-seeds
 def _counts(name): return name in SYSTEMS and not SYSTEMS[name].has_seed
@@ -168,11 +164,14 @@ def under_twice_popularity(
     stored: dict,  # what `stored_grid` returned
 ) -> list[str]:  # titles
     "Name the systems that learn and do not reach twice popularity's Recall@10."
-    recall = {row["system"]: row["recall@10"]["value"] for row in stored["result"]["systems"]}
+    recall = _recalls(stored["result"]["systems"])
     return [SYSTEMS[name].title for name, value in recall.items()
             if not _counts(name) and value < 2 * recall["popularity"]]
 
 # %% ../../nbs/61_experiments.compare.ipynb #plot-costs
+_COSTS = (("seconds", 1, "Seconds of one training"),
+          ("n_parameters", 1000, "Parameters, thousands"))
+
 def plot_costs(
     stored: dict,  # what `stored_grid` returned
     metric: str = "ndcg@10",  # what the systems are sorted by
@@ -181,8 +180,7 @@ def plot_costs(
     rows = [row for row in _rows_by(stored, metric) if row["n_parameters"]]
     colors = {row["title"]: SYSTEMS[row["system"]].color for row in rows}
     fig, axes = plt.subplots(1, 2, figsize=(8.4, .9 + .25 * len(rows)), layout="constrained")
-    for ax, key, scale, title in ((axes[0], "seconds", 1, "Seconds of one training"),
-                                  (axes[1], "n_parameters", 1000, "Parameters, thousands")):
+    for ax, (key, scale, title) in zip(axes, _COSTS):
         values = {row["title"]: row[key] / scale for row in rows}
         plot_bars(values, colors=colors, title=title, digits=0, ax=ax)
     axes[1].tick_params(labelleft=False)
@@ -215,19 +213,18 @@ def seed_first_jobs(
             if SYSTEMS[name].has_seed or seed == config.seeds[0]]
 
 # %% ../../nbs/61_experiments.compare.ipynb #summarise
+_CURVES = ("valid", "pretraining")
 KEPT_METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "recall@11", "ndcg@11")
 
 def _run_row(result, metric):
     "Write down what one training gave."
-    evaluation = result.evaluation
-    means = {m: round(float(user_means(evaluation.values(m), evaluation.user).mean()), 6)
-             for m in KEPT_METRICS}
-    def curve(history):
-        epochs = history.epochs if history else []
-        return [round(epoch[metric], 6) for epoch in epochs if metric in epoch]
-    return {"system": result.system, "seed": result.seed, **means, "valid": curve(result.history),
-            "pretraining": curve(result.pretraining), "kept": result.history.best_epoch,
-            "seconds": round(result.seconds, 1), "n_parameters": result.n_parameters}
+    means = result.evaluation.metrics((10, 50, 11))
+    epochs = [history.epochs if history else () for history in (result.history, result.pretraining)]
+    curves = [[round(each[metric], 6) for each in some if metric in each] for some in epochs]
+    return {"system": result.system, "seed": result.seed,
+            **{m: round(means[m], 6) for m in KEPT_METRICS}, **dict(zip(_CURVES, curves)),
+            "kept": result.history.best_epoch, "seconds": round(result.seconds, 1),
+            "n_parameters": result.n_parameters}
 
 # %% ../../nbs/61_experiments.compare.ipynb #summarise-grid
 def summarise(
@@ -308,10 +305,9 @@ def outdated(
     stored: dict,  # what `stored_grid` returned
 ) -> list[str]:  # keys of `SYSTEMS`
     "Name the systems of a stored grid whose numbers were made by an older version of the code."
-    inputs = stored["inputs"]
-    versions = inputs.get("result_versions")
-    if versions is None:  # one version for all systems, in older files
-        versions = dict.fromkeys(inputs["config"]["systems"], inputs["result_version"])
+    inputs = stored["inputs"]  # older files have one version for all systems
+    versions = inputs.get("result_versions") or dict.fromkeys(inputs["config"]["systems"],
+                                                              inputs.get("result_version"))
     return [name for name, version in versions.items() if SYSTEMS[name].result_version != version]
 
 # %% ../../nbs/61_experiments.compare.ipynb #train-part

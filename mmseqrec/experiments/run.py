@@ -6,7 +6,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/experiments.run.html.md"""
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'System', 'feature_sizes', 'sized', 'RunData', 'prepare_data', 'Result', 'save_result', 'load_result',
-           'run_system', 'result_fingerprint', 'Run', 'run_all', 'result_table', 'difference']
+           'run_system', 'result_fingerprint', 'Run', 'run_all', 'result_table', 'seeds_of_systems', 'summary_of_seeds',
+           'difference']
 
 # %% ../../nbs/60_experiments.run.ipynb #imports
 import inspect
@@ -179,9 +180,7 @@ class RunData:
 def _raw_tables(config, folder, progress):
     "Return (source in words, sentences for the report, interactions, items, images)."
     if config.interactions is not None:
-        if config.items is None:
-            raise ValueError("a table of items is missing (--items): without it nobody knows what "
-                             "items look like")
+        if config.items is None: raise ValueError("a table of items is missing; name it by --items")
         return Path(config.interactions).name, (), config.interactions, config.items, config.images
     folder = Path(folder) / "data"
     if config.source is not None:
@@ -231,11 +230,12 @@ def _read_tables(config, folder, seconds, progress):
                  [note, *notes, *_data_notes(config, events, kept, checked), *catalogue.report])
 
 # %% ../../nbs/60_experiments.run.ipynb #features
+_GIVEN = "Features were given as files; nothing was encoded."
+
 def _features(config, table, items_path, folder, progress):
     "Encode texts and images, or take ready features; return (catalogue, encoders, sentence)."
     if config.text_features or config.image_features:
-        note = "Features were given as files; nothing was encoded."
-        return _given_features(config, table, items_path), None, note
+        return _given_features(config, table, items_path), None, _GIVEN
     default = "shipped" if config.interactions is None and config.source is None else "auto"
     asked = (config.text_encoder, config.image_encoder)
     encoders = resolve_encoders(*(default if name == "auto" else name for name in asked),
@@ -246,6 +246,9 @@ def _features(config, table, items_path, folder, progress):
     return catalogue, encoders, encoders.note
 
 # %% ../../nbs/60_experiments.run.ipynb #given-features
+_WRONG_ROWS = ("{} has the shape {}; it needs one row for each of the {} lines of {}, in their "
+               "order")
+
 def _given_features(config, table, items_path):
     "Read features from files; raise `ValueError` if they are not of this table of items."
     listed = read_items(items_path, None, config.item_column).item_tokens
@@ -255,8 +258,7 @@ def _given_features(config, table, items_path):
         if (path := getattr(config, f"{name}_features")) is None: continue
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
         if rows.ndim != 2 or len(rows) != len(of_line):
-            raise ValueError(f"{path} has the shape {list(rows.shape)}; it needs one row for each "
-                             f"of the {len(of_line)} lines of {items_path}, in their order")
+            raise ValueError(_WRONG_ROWS.format(path, list(rows.shape), len(of_line), items_path))
         arrays[f"{name}_emb"] = np.where(lines[:, None] < 0, 0, rows[lines].astype(np.float32))
     return catalogue_from_arrays(table.item_tokens[1:], **arrays)
 
@@ -293,7 +295,7 @@ def prepare_data(
                    notes=[shop.notes[0], *left_out, *shop.notes[1:]], seconds=seconds)
 
 # %% ../../nbs/60_experiments.run.ipynb #keywords
-_READS = {"content": "reads content", "text": "reads texts", "both": "reads texts and pictures",
+_READS = {"": "", "content": "reads content", "text": "reads texts", "both": "reads texts and pictures",
           "keywords": "describes pictures in words"}
 
 def _lacking(need, catalogue, encoders):
@@ -313,11 +315,11 @@ def _permitted_systems(config, shop, left_out):
     names = []
     for name in STANDARD if config.systems is None else config.systems:
         system = SYSTEMS[name]
-        if lacks := _lacking(system.needs, shop.catalogue, shop.encoders):
-            reason = f"{system.title} {_READS[system.needs]}; that needs {lacks}"
-            if config.systems: raise ValueError(f"{reason}; leave {name} out of the systems")
-            left_out.append(f"{reason}: it was left out.")
-        else: names.append(name)
+        lacks = _lacking(system.needs, shop.catalogue, shop.encoders)
+        reason = f"{system.title} {_READS[system.needs]}; that needs {lacks}"
+        if not lacks: names.append(name)
+        elif config.systems: raise ValueError(f"{reason}; leave {name} out of the systems")
+        else: left_out.append(f"{reason}: it was left out.")
     if shop.catalogue.dropped_text_emb is None and any(SYSTEMS[name].drops_words for name in names):
         left_out.append("No texts with missing words were encoded: pre-training only drops items.")
     return tuple(names)
@@ -338,21 +340,18 @@ def _read_keywords(config, systems, shop, store, left_out, **options):
         return others, ()
 
 # %% ../../nbs/60_experiments.run.ipynb #data-notes
+_LEFT_OUT = (
+    "The k-core (users with at least {config.min_user} events, items with at least "
+    "{config.min_item}) kept {kept.n_events:,} of {events.n_events:,} events.",
+    "{n:,} of {checked.n_checked:,} pictures could not be used, such as {checked.broken[0][1].name} "
+    "({checked.broken[0][2]}).",
+    "{n:,} items of the events are not in the table of items, such as {checked.table.unknown[0]}.")
+
 def _data_notes(config, events, kept, checked):
     "Say in sentences what was left out."
-    notes, unknown = [], checked.table.unknown
-    if kept.n_events < events.n_events:
-        notes.append(f"The k-core (users with at least {config.min_user} events, items with "
-                     f"at least {config.min_item}) kept {kept.n_events:,} of "
-                     f"{events.n_events:,} events.")
-    if checked.broken:
-        _, path, problem = checked.broken[0]
-        notes.append(f"{len(checked.broken):,} of {checked.n_checked:,} pictures could not be "
-                     f"used, such as {path.name} ({problem}).")
-    if unknown:
-        notes.append(f"{len(unknown):,} items of the events are not in the table of items, "
-                     f"such as {unknown[0]}.")
-    return notes
+    facts = dict(config=config, events=events, kept=kept, checked=checked)
+    counts = (events.n_events - kept.n_events, len(checked.broken), len(checked.table.unknown))
+    return [note.format(n=n, **facts) for note, n in zip(_LEFT_OUT, counts) if n]
 
 # %% ../../nbs/60_experiments.run.ipynb #result
 @dataclass(frozen=True, eq=False)
@@ -405,11 +404,12 @@ def load_result(
                   history=History(**stored["history"]), pretraining=before and History(**before))
 
 # %% ../../nbs/60_experiments.run.ipynb #run-system
+_COMMON = ("lr", "metric", "patience", "device", "precision")  # of pre-training and fine-tuning
+
 def _train(name, seed, data, config, checkpoint, progress):
     "Return the trained model, and the history of fine-tuning and of pre-training (or `None`)."
     system, catalogue, pretraining = SYSTEMS[name], data.catalogue_of(name), None
-    common = dict(lr=config.lr, metric=config.metric, patience=config.patience, seed=seed,
-                  device=config.device, precision=config.precision, progress=progress)
+    common = dict(seed=seed, progress=progress, **{key: getattr(config, key) for key in _COMMON})
     if system.pretrain is not None:
         source = system.pretrain(catalogue, config).set_catalogue(catalogue)
         pretraining = fit(source, system.pretrain_store(data.store), "pretrain", **common,
@@ -512,21 +512,29 @@ def result_table(
     baseline: str = "markov",  # the difference to it is tested, user by user, on the first metric
 ) -> list[dict]:  # one row a system, in the order of the configuration
     "Summarise a run: means over seeds, intervals over users, spread over seeds, size, time."
-    rows, groups = [], {}
-    for result in run.results: groups.setdefault(result.system, []).append(result)
+    rows, groups = [], seeds_of_systems(run.results)
     for name, results in groups.items():
-        row = {"system": name, "title": SYSTEMS[name].title, "n_seeds": len(results),
+        row = {"system": name, "title": results[0].title, "n_seeds": len(results),
                "n_parameters": results[0].n_parameters,
                "seconds": float(np.median([r.seconds for r in results]))}
-        row |= {metric: _summary(results, metric) for metric in metrics}
-        if baseline in groups and name != baseline:
-            row["difference"] = difference(results, groups[baseline], metrics[0])
+        row |= {metric: summary_of_seeds(results, metric) for metric in metrics}
+        is_compared = baseline in groups and name != baseline
+        if is_compared: row["difference"] = difference(results, groups[baseline], metrics[0])
         rows.append(row)
     return rows
 
 # %% ../../nbs/60_experiments.run.ipynb #summary-of-seeds
-def _summary(results, metric):
-    "Summarise a metric of the seeds of one system."
+def seeds_of_systems(
+    results: Sequence[Result],  # in any order
+) -> dict[str, list[Result]]:  # key of `SYSTEMS` -> its seeds, in the order of first appearance
+    "Group results by system."
+    return {one.system: [r for r in results if r.system == one.system] for one in results}
+
+def summary_of_seeds(
+    results: Sequence[Result],  # seeds of one system
+    metric: str,  # as in `Evaluation.values`
+) -> dict[str, float | None]:  # `"value"`, `"low"`, `"high"` (95 %, users), `"spread"` (seeds)
+    "Average a metric, with both kinds of uncertainty; the spread of one seed is `None`."
     means = [user_means(r.evaluation.values(metric), r.evaluation.user) for r in results]
     low, high = bootstrap_interval(np.mean(means, axis=0))
     spread = float(np.std([m.mean() for m in means], ddof=1)) if len(means) > 1 else None
