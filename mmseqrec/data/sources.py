@@ -38,8 +38,8 @@ from ..artifacts import (atomic_path, download, file_sha256, fingerprint, proven
                                 read_json, write_json)
 from .interactions import (TEST, TRAIN, VALID, Interactions, Split, Table,
                                         _check_content, _explain_bad_text, _line_of_row,
-                                        _open_source, _read_delimited, encode_tokens, parse_times,
-                                        read_interactions)
+                                        _open_source, _read_delimited, encode_tokens,
+                                        make_interactions, parse_times, read_interactions)
 from .items import IMAGE_SUFFIXES, ItemTable, clean_text, image_problem, read_items
 
 # %% ../../nbs/13_data.sources.ipynb #raw-tables
@@ -81,12 +81,10 @@ class RawTables:
         "Write both tables and the record."
         folder = Path(folder)
         (folder / "source.json").unlink(missing_ok=True)
-        for name in ("interactions", "items"):
-            with atomic_path(folder / f"{name}.parquet") as path:
-                getattr(self, name).write_parquet(path)
+        for name, frame in (("interactions", self.interactions), ("items", self.items)):
+            with atomic_path(folder / f"{name}.parquet") as path: frame.write_parquet(path)
         about = {"source": self.source, "notes": self.notes, "terms": self.terms}
-        write_json(folder / "source.json", about | record)
-        return folder
+        return write_json(folder / "source.json", about | record).parent
 
     @classmethod
     def read(
@@ -116,6 +114,7 @@ def _existing(path):
 
 # %% ../../nbs/13_data.sources.ipynb #event-table
 _EVENT_COLUMNS = ("user_id", "item_id", "rating", "timestamp")
+_NO_TIME = "the time {} is no number and no ISO date; correct the row"
 
 def _filled(table, columns):
     "Strip the text of some columns; refuse a row that has none in one of them."
@@ -134,8 +133,7 @@ def _event_table(table):
         if n := rating.null_count(): notes.append(f"events without a rating, which stay: {n:,}")
     if "timestamp" in frame.columns:
         times = parse_times(frame["timestamp"])
-        problem = "the time {} is no number and no ISO date; correct the row"
-        _refuse(table, times.is_null(), problem, "timestamp")
+        _refuse(table, times.is_null(), _NO_TIME, "timestamp")
     else:
         times = pl.int_range(frame.height, eager=True)
         notes.append("there are no times: the order of the rows stands for them")
@@ -249,10 +247,11 @@ def source_files(
     return {Path(path).name: tuple(host + path for host in source.hosts) for path in paths}
 
 # %% ../../nbs/13_data.sources.ipynb #plain-table
+_AS_TEXT = {"infer_schema": False, "quote_char": None, "glob": False}  # options of polars
+
 def _plain_table(content, name, separator, header):
     "Read bytes or a path as a `Table` of text columns in which quotes mean nothing."
-    options = dict(infer_schema=False, quote_char=None, glob=False)
-    try: frame = pl.read_csv(content, separator=separator, has_header=header, **options)
+    try: frame = pl.read_csv(content, separator=separator, has_header=header, **_AS_TEXT)
     except pl.exceptions.PolarsError as error: _explain_bad_text(content, separator, name, error)
     filled = frame.select(pl.any_horizontal(pl.all().is_not_null())).to_series()
     if not filled.any(): raise ValueError(f"{name}: no rows; fetch the file again")
@@ -278,8 +277,8 @@ def _read_ratings(path, release):
     "Read a ratings file as a `Table` with the columns of `_EVENT_COLUMNS`, as text."
     name, _, content = _open_source(path)
     source, order = f"Amazon Reviews {release}", _ORDERS[release]
-    if release == "2023":
-        return _named_columns(content, name, dict(zip(_EVENT_COLUMNS, order)), source)
+    columns = dict(zip(_EVENT_COLUMNS, order))
+    if release == "2023": return _named_columns(content, name, columns, source)
     table = _plain_table(content, name, ",", header=False)
     first = table.frame.row(0)
     if len(first) != 4 or not re.fullmatch(r"-?[\d.]+", (first[3] or "").strip()):
@@ -307,8 +306,7 @@ def _in_seconds(frame, name, release):
     times = frame["timestamp"]
     large = times.abs() > 100_000_000_000
     if large.any() and not large.all():
-        raise ValueError(f"{name}: {large.sum():,} times are milliseconds and the others seconds; "
-                         "bring them to one unit")
+        raise ValueError(f"{name}: {large.sum():,} times are milliseconds; bring all to seconds")
     if large.all(): times = parse_times(pl.Series(times.to_numpy() / 1000))
     year = 1970 + np.datetime64(int(times.max()), "s").astype("M8[Y]").astype(int)
     if year > int(release):
@@ -398,11 +396,9 @@ _JOINED = {"title": " ", "categories": ", ", "brand": " "}  # columns of one tex
 
 def _item_record(record, release, max_field_chars, counts):
     "Turn a metadata record into a row with the columns of `_ITEM_SCHEMA`; count what is dropped."
-    values = {column: next(filter(None, map(record.get, keys)), None)
-              for column, keys in _FIELDS[release].items()}
-    row = {"item_id": str(values.pop("item_id")).strip()}
-    row["image_urls"] = _links(values.pop("image_urls"))
-    fields = {column: _strings(value) for column, value in values.items()}
+    first = lambda column: next(filter(None, map(record.get, _FIELDS[release][column])), None)
+    row = {"item_id": str(first("item_id")).strip(), "image_urls": _links(first("image_urls"))}
+    fields = {column: _strings(first(column)) for column in _FIELDS[release] if column not in row}
     if release == "2018": _mend_2018(fields, counts)
     fields["categories"] = dict.fromkeys(fields["categories"])
     for column, texts in fields.items():
@@ -422,8 +418,7 @@ def _check_release(line, place, release):
     if likely and release not in likely: raise ValueError(
         f"{place}: metadata of Amazon Reviews {likely[0]}, not {release}; name the right release")
     if key not in record: raise ValueError(
-        f"{place}: no field {key!r}, so these are not metadata of Amazon Reviews {release}; there "
-        f"are {', '.join(map(repr, record))}")
+        f"{place}: no field {key!r}, as in Amazon Reviews {release}; there are {list(record)}")
 
 # %% ../../nbs/13_data.sources.ipynb #read-metadata
 _ID_PATTERNS = {"2014": rb"'asin':\s*'([^'\\]*)'", "2018": rb'"asin":\s*"([^"\\]*)"',
@@ -475,15 +470,14 @@ def read_amazon(
     releases are mixed."""
     release = str(release)
     _choose("Amazon Reviews has no release", release, _ORDERS, "There are")
-    if with_metadata_only and metadata is None:
-        raise ValueError("with_metadata_only=True needs metadata=...")
+    if with_metadata_only and not metadata: raise ValueError("with_metadata_only needs metadata")
     table = _read_ratings(ratings, release)
     source = f"Amazon Reviews {release}, " + re.sub(r"^ratings_|\.csv(\.gz)?$", "", table.name)
     frame, notes = _event_table(table)
     _check_order(frame, table.name, release)
-    frame, n = _in_seconds(frame, table.name, release), 0
-    if not keep_repeated_rows: frame, n = _drop_repeated(frame)
-    if n: notes.append(f"{_COPIES}: {n:,}")
+    frame = _in_seconds(frame, table.name, release)
+    kept, n = _drop_repeated(frame)
+    if n and not keep_repeated_rows: frame, notes = kept, [*notes, f"{_COPIES}: {n:,}"]
     items = pl.DataFrame(schema=_ITEM_SCHEMA)
     if metadata is not None:
         rated = set(frame["item_id"].unique())
@@ -509,8 +503,7 @@ def _find_member(path, names):
                 raise ValueError(f"{path.name}: {info.filename} would unpack to "
                                  f"{info.file_size:,} bytes; not read")
     except _ZIP_ERRORS as error:
-        problem = f"not a whole zip archive ({error}); fetch it again"
-        raise ValueError(f"{path.name}: {problem}") from None
+        raise ValueError(f"{path.name}: not a whole zip archive: {error}; fetch it again") from None
 
 # %% ../../nbs/13_data.sources.ipynb #find-file
 def _find_in_folder(path, names):
@@ -530,7 +523,6 @@ def _find_file(path, *names, optional=False):
     raise FileNotFoundError(f"{path}: neither {' nor '.join(names)} in it; name the archive")
 
 # %% ../../nbs/13_data.sources.ipynb #natural-title
-_NO_GENRES = "(no genres listed)"
 _ARTICLES = ("The|A|An|La|Le|Les|L'|Il|Lo|I|Gli|El|Los|Las|Un|Une|Una|Der|Die|Das|Ein|Eine|O|Os|As|"
              "Den|Det|En|Ett|De|Het")
 _FILED = re.compile(rf"([^()]+), ({_ARTICLES})(?=\s*(?:[()]|$))")
@@ -561,12 +553,14 @@ def _film_rows(name, content):
     return Table(frame, name, lambda row: name)
 
 # %% ../../nbs/13_data.sources.ipynb #read-movies
+_FILM_TWICE = "film {} occurs more than once; fetch the file again"
+_NO_GENRES = "(no genres listed)"
+
 def _read_movies(path):
     "Read the films of MovieLens: item_id, title, categories, year, perhaps imdb_id and tmdb_id."
     table = _filled(_film_rows(*_find_file(path, "movies.dat", "movies.csv")), ["item_id"])
     films, title, genres = table.frame, pl.col("title"), pl.col("categories")
-    problem = "film {} occurs more than once; fetch the file again"
-    _refuse(table, films["item_id"].is_duplicated(), problem, "item_id")
+    _refuse(table, films["item_id"].is_duplicated(), _FILM_TWICE, "item_id")
     films = films.select(
         "item_id", title=title.map_elements(_natural_title, pl.String).replace("", None),
         categories=genres.str.replace_all("|", ", ", literal=True).replace(_NO_GENRES, None),
@@ -581,8 +575,9 @@ def _read_movies(path):
 # %% ../../nbs/13_data.sources.ipynb #read-colons
 _RATINGS = dict(zip(_EVENT_COLUMNS, ("userId", "movieId", "rating", "timestamp")))
 
-def _read_colons(content, name):
-    "Read ratings separated by `::` as a `Table`."
+def _rating_rows(name, content):
+    "Read ratings.csv, or ratings.dat with `::` between the fields, as a `Table`."
+    if name.endswith(".csv"): return _named_columns(content, name, _RATINGS, "MovieLens")
     table = _plain_table(content, name, ":", header=False)
     columns = table.frame.get_columns()
     if len(columns) != 7 or not all((gap.fill_null("") == "").all() for gap in columns[1::2]):
@@ -590,6 +585,9 @@ def _read_colons(content, name):
     return replace(table, frame=pl.DataFrame(dict(zip(_EVENT_COLUMNS, columns[::2]))))
 
 # %% ../../nbs/13_data.sources.ipynb #read-movielens
+_NO_IMAGES = ("there are no pictures and no abstracts: put posters into a folder as "
+              "<item_id>.jpg, and abstracts into a column 'text' of the items")
+
 def read_movielens(
     path: str | Path,  # the archive as downloaded, or a folder with its files
 ) -> RawTables:
@@ -597,19 +595,15 @@ def read_movielens(
 
     Raises `FileNotFoundError`, or a `ValueError` that names file, line and remedy."""
     path = Path(path)
-    name, content = _find_file(path, "ratings.dat", "ratings.csv")
+    table = _rating_rows(*_find_file(path, "ratings.dat", "ratings.csv"))
     release = re.sub(r"^ml-|\.zip$", "", path.name.lower().replace("10m100k", "10m"))
     source = SOURCES.get(f"movielens-{release}")
     title = source.title if source else f"MovieLens ({path.name})"
-    if name.endswith(".csv"): table = _named_columns(content, name, _RATINGS, "MovieLens")
-    else: table = _read_colons(content, name)
     frame, notes = _event_table(table)
     items = _read_movies(path)
-    rated, films = set(frame["item_id"].unique()), "the list of films"
-    _check_described(items, items["item_id"][0], rated, title, (name, films))
-    notes.append("there are no pictures and no abstracts: put posters into a folder as "
-                 "<item_id>.jpg, and abstracts into a column 'text' of the items")
-    return RawTables(title, frame, items, tuple(notes), _MOVIELENS_TERMS)
+    rated, files = set(frame["item_id"].unique()), (table.name, "the list of films")
+    _check_described(items, items["item_id"][0], rated, title, files)
+    return RawTables(title, frame, items, (*notes, _NO_IMAGES), _MOVIELENS_TERMS)
 
 # %% ../../nbs/13_data.sources.ipynb #typed-table
 _ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
@@ -624,8 +618,8 @@ def _typed_table(path, needed, problem=None):
     table, types = _plain_table(path, path.name, "\t", header=True), {}
     for column in table.frame.columns:
         field, _, kind = column.strip().partition(":")
-        if not field or kind not in _ATOMIC_TYPES or field in types:
-            raise ValueError(f"{path.name}, line 1: {column!r} {_NO_HEADER}")
+        bad = not field or kind not in _ATOMIC_TYPES or field in types
+        if bad: raise ValueError(f"{path.name}, line 1: {column!r} {_NO_HEADER}")
         types[field] = kind
     _need_fields(path.name, types, needed, problem)
     inside = pl.all().str.extract(r'^"(.*)"$').str.replace_all('""', '"', literal=True)
@@ -635,11 +629,10 @@ def _typed_table(path, needed, problem=None):
 # %% ../../nbs/13_data.sources.ipynb #need-fields
 def _need_fields(name, types, needed, problem=None):
     "Raise a `ValueError` unless the fields have the types `needed` (`None`: any type)."
-    there = ", ".join(f"{field}:{kind}" for field, kind in types.items())
     for field, kind in needed.items():
         if field in types and kind in (types[field], None): continue
         problem = problem or f"no field {field}:{kind or 'token'}"
-        raise ValueError(f"{name}, line 1: {problem}; there are {there}")
+        raise ValueError(f"{name}, line 1: {problem}; there are {types}")
 
 # %% ../../nbs/13_data.sources.ipynb #typed-columns
 def _typed_columns(table, types):
@@ -669,18 +662,20 @@ def _atomic_name(folder, end):
 # %% ../../nbs/13_data.sources.ipynb #atomic-items
 _ATOMIC_NAMES = {"movie_title": "title", "book_title": "title", "class": "categories",
                  "genre": "categories"}
+_ITEM_TWICE = "item {} is described more than once; keep one row an item"
 
 def _atomic_items(path):
     "Read the items of an atomic data set, item_id first."
     table, types = _typed_table(path, {"item_id": None})
     items = _typed_columns(table, types)
-    problem = "item {} is described more than once; keep one row an item"
-    _refuse(table, items["item_id"].is_duplicated(), problem, "item_id")
+    _refuse(table, items["item_id"].is_duplicated(), _ITEM_TWICE, "item_id")
     new = {field: _ATOMIC_NAMES.get(field, field) for field in items.columns}
     if len(set(new.values())) == len(new): items = items.rename(new)
     return items.select("item_id", pl.exclude("item_id"))
 
 # %% ../../nbs/13_data.sources.ipynb #read-atomic
+_EVENT_FIELDS = {"user_id": "token", "item_id": "token"}
+
 def read_atomic(
     folder: str | Path,  # folder with `<name>.inter` and perhaps `<name>.item`
     name: str | None = None,  # name of the data set; `None`: the only one in the folder
@@ -690,11 +685,9 @@ def read_atomic(
     Raises `FileNotFoundError`, or a `ValueError` that names file, line and remedy."""
     folder = Path(folder)
     if any(folder.glob(f"{name or '*'}.train.inter")) and not (folder / f"{name}.inter").exists():
-        raise ValueError(f"{folder}: holds a benchmark with its own split (.train.inter); use "
-                         "read_benchmark")
+        raise ValueError(f"{folder}: a benchmark with its own split; use read_benchmark")
     name = name or _atomic_name(folder, ".inter")
-    needed = {"user_id": "token", "item_id": "token"}
-    table, _ = _typed_table(_existing(folder / f"{name}.inter"), needed)
+    table, _ = _typed_table(_existing(folder / f"{name}.inter"), _EVENT_FIELDS)
     frame, notes = _event_table(table)
     path, items = folder / f"{name}.item", pl.DataFrame(schema={"item_id": pl.String})
     if path.exists(): items = _atomic_items(path)
@@ -719,10 +712,9 @@ def _stage_rows(path, stage):
 def _prefix_rows(folder, name):
     "Read the rows of all stages; validation and test rows may be missing."
     paths = {stage: folder / f"{name}.{word}.inter" for stage, word in _STAGE_WORDS.items()}
-    files = {stage: _stage_rows(path, stage) for stage, path in paths.items()
-             if stage == TRAIN or path.exists()}
-    return (pl.concat([rows for _, rows in files.values()]),
-            {stage: table for stage, (table, _) in files.items()})
+    stages = [stage for stage, path in paths.items() if stage == TRAIN or path.exists()]
+    tables, rows = zip(*(_stage_rows(paths[stage], stage) for stage in stages))
+    return pl.concat(rows), dict(zip(stages, tables))
 
 # %% ../../nbs/13_data.sources.ipynb #breaks
 def _breaks(rows):
@@ -738,8 +730,7 @@ def _breaks(rows):
 # %% ../../nbs/13_data.sources.ipynb #sorted-rows
 def _sorted_rows(rows, tables, source):
     "Sort rows such that each continues the one before it; refuse them if no order does."
-    questions = rows.filter(pl.col("stage") != TRAIN)
-    twice = questions.filter(questions.select("user", "stage").is_duplicated())
+    twice = rows.filter(pl.struct("user", "stage").is_duplicated(), pl.col("stage") != TRAIN)
     if twice.height: raise ValueError(f"{source}: user {twice['user'][0]!r} has several validation "
                                       "or test rows; this format has one of each")
     tries = [rows.sort("user", "stage", "length", "row", descending=[False] * 3 + [last_first])
@@ -749,8 +740,7 @@ def _sorted_rows(rows, tables, source):
     bad, good = (rows.row(breaks[0] - k, named=True) for k in (0, 1))
     here, there = (tables[row["stage"]].locate(row["row"]) for row in (bad, good))
     raise ValueError(f"{here}: the history of user {bad['user']!r} does not continue the one of "
-                     f"{there} (rows like this: {len(breaks):,} of {rows.height:,}). Were files of "
-                     "two data sets mixed? The rows of a user must be prefixes of one history")
+                     f"{there} (rows like this: {len(breaks):,}); mix no files of two data sets")
 
 # %% ../../nbs/13_data.sources.ipynb #join-rows
 def _join_rows(rows, tables, source):
@@ -760,12 +750,11 @@ def _join_rows(rows, tables, source):
     lists, train = pl.col("history").str.split(" "), pl.lit(TRAIN, pl.Int8)
     start = first.select("user", item=lists, stage=train).explode("item")
     events = pl.concat([start, rows.select("user", "item", "stage")])
-    user, user_tokens = encode_tokens(events["user"])
-    events = events.with_columns(user=pl.Series(user)).sort("user", maintain_order=True)
-    item, item_tokens = encode_tokens(events["item"])
-    position = events.select(pl.int_range(pl.len()).over("user")).to_series().to_numpy()
-    return Split(Interactions(events["user"].to_numpy(), item + np.int32(1), position, user_tokens,
-                              ["[PAD]", *item_tokens], source), events["stage"].to_numpy())
+    code = pl.Series(encode_tokens(events["user"])[0])
+    events = events.with_columns(code=code).sort("code", maintain_order=True)
+    position = events.select(pl.int_range(pl.len()).over("code")).to_series()
+    interactions = make_interactions(events["user"], events["item"], position, source)
+    return Split(interactions, events["stage"].to_numpy())
 
 # %% ../../nbs/13_data.sources.ipynb #item-index
 def _item_index(path):
@@ -774,7 +763,7 @@ def _item_index(path):
     index = table.frame.to_series(-1).str.strip_chars().cast(pl.Int64, strict=False)
     _refuse(table, index.is_null() | (table.frame.width != 2), "not an id, a tab and an index")
     if (index.sort() != pl.int_range(len(index), eager=True)).any():
-        raise ValueError(f"{path.name}: the indices must be 0 to {len(index) - 1}, each once")
+        raise ValueError(f"{path.name}: the indices must be 0 to {len(index) - 1}; make it anew")
     return table.frame.to_series(0).gather(index.arg_sort()).fill_null("").to_list()
 
 # %% ../../nbs/13_data.sources.ipynb #map-dump
@@ -844,17 +833,17 @@ def _places(tokens, names, source):
     for token, (d, r) in zip(tokens, parts):
         listed = r is not None and int(d) < len(names)
         if not listed or names[int(d)] is not None and int(r) >= len(names[int(d)]):
-            raise ValueError(f"{source}: item {token!r} is not in the list of items (.item2index), "
-                             "neither as index nor as id; use the files of one data set")
+            raise ValueError(f"{source}: item {token!r} is not in the list; use files of one set")
     domain, row = np.array(parts, np.int64).reshape(-1, 2).T
     return np.append(-1, domain), np.append(0, row)
 
 # %% ../../nbs/13_data.sources.ipynb #read-texts
+_NO_TEXTS = "no fields item_id:token and text:token_seq"
+
 def _read_texts(path, item_names, tokens):
     "Read the sentences of a benchmark, and number the items like the rows."
     if not path.exists(): return pl.DataFrame(schema={"item_id": pl.String, "text": pl.String})
-    needed = {"item_id": None, "text": None}
-    table, _ = _typed_table(path, needed, "no fields item_id:token and text:token_seq")
+    table, _ = _typed_table(path, {"item_id": None, "text": None}, _NO_TEXTS)
     token = dict(zip(item_names[1:], tokens[1:]))
     known = table.frame.filter(pl.col("item_id").is_in(list(token)))
     return known.select(pl.col("item_id").replace_strict(token), "text")
@@ -872,12 +861,11 @@ def _map_dumps(folder, domains, names, dumps, feature_size):
 def _check_dumps(maps, item_domain, item_row, name):
     "Raise a `ValueError` if dumps have too few rows, or different columns."
     for kind, tables in maps.items():
-        shapes = [list(table.shape) for table in tables]
-        last = [int(item_row[item_domain == d].max(initial=-1)) for d in range(len(tables))]
-        too_few = any(row >= n for row, (n, _) in zip(last, shapes))
-        if too_few or len({size for _, size in shapes}) > 1:
-            raise ValueError(f"{name}: the {kind} dumps have {shapes} rows and columns, but the "
-                             f"largest indices are {last}; use the files of one data set")
+        rows, columns = np.transpose([table.shape for table in tables])
+        last = [item_row[item_domain == d].max(initial=-1) for d in range(len(tables))]
+        if (last < rows).all() and (columns == columns[0]).all(): continue
+        raise ValueError(f"{name}: the {kind} dumps have {rows} rows and {columns} columns, but "
+                         f"the largest indices are {np.array(last)}; use the files of one data set")
 
 # %% ../../nbs/13_data.sources.ipynb #read-benchmark
 def read_benchmark(
@@ -895,8 +883,8 @@ def read_benchmark(
     name = name or _atomic_name(folder, ".train.inter")
     split = _join_rows(*_prefix_rows(folder, name), name)
     merged = folder / f"{name}.pt_datasets"
-    parts = merged.read_text().split(",") if merged.exists() else [name]
-    domains = [part.strip() for part in parts]
+    domains = merged.read_text().split(",") if merged.exists() else [name]
+    domains = list(map(str.strip, domains))
     lists = [folder / f"{domain}.item2index" for domain in domains]
     names = [_item_index(path) if path.exists() else None for path in lists]
     tokens = split.interactions.item_tokens
@@ -906,8 +894,8 @@ def read_benchmark(
     item_names = [names[d][r] if d >= 0 and names[d] else token
                   for token, d, r in zip(tokens, item_domain, item_row)]
     n_listed = sum(len(ids) for ids in names if ids)
-    n_unused, notes = n_listed - len(tokens) + 1, []
-    if n_unused > 0: notes.append(f"{n_unused:,} of {n_listed:,} listed items occur in no row")
+    n_unused = n_listed - len(tokens) + 1
+    notes = [f"{n_unused:,} of {n_listed:,} listed items occur in no row"] * (n_unused > 0)
     notes += [f"no {kind} features (.{dumps[kind]})" for kind in dumps if kind not in maps]
     texts = _read_texts(folder / f"{name}.text", item_names, tokens)
     return Benchmark(name, split, maps, item_domain, item_row, item_names, texts, tuple(notes))
@@ -915,10 +903,8 @@ def read_benchmark(
 # %% ../../nbs/13_data.sources.ipynb #digests
 def _file_md5(path):
     "Compute the MD5 checksum of a file without reading it into memory."
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20): digest.update(block)
-    return digest.hexdigest()
+    content = np.memmap(path, "u1", "r") if path.stat().st_size else b""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 # %% ../../nbs/13_data.sources.ipynb #side-file
 def _known_sha256(record):
@@ -960,17 +946,18 @@ def fetch_file(
         if part.exists() or url == urls[-1]: raise ConnectionError("; ".join(problems))
     if known is None:
         _trust(url, path, md5)
-        with atomic_path(record) as temporary:
-            temporary.write_text(f"{file_sha256(path)}  {path.name}\n")
+        with atomic_path(record) as file: file.write_text(f"{file_sha256(path)}  {path.name}\n")
     return path
 
 # %% ../../nbs/13_data.sources.ipynb #request-bytes
+_AGENT = {"User-Agent": "mmseqrec (research data set)"}
+
 def _request_bytes(url, max_bytes):
     "Ask once for a body; raise `ConnectionError(problem, wait)` if it may help to ask later."
-    request = urllib.request.Request(url, headers={"User-Agent": "mmseqrec (research data set)"})
+    request = urllib.request.Request(url, headers=_AGENT)
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
-            data, length = response.read(max_bytes + 1), response.headers["Content-Length"]
+            data, missing = response.read(max_bytes + 1), response.length
     except urllib.error.HTTPError as error:
         error.close()
         problem, wait = f"the server answered {error.code}", error.headers.get("Retry-After") or ""
@@ -980,15 +967,13 @@ def _request_bytes(url, max_bytes):
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(str(error), None) from None
     if len(data) > max_bytes: raise ValueError(f"more than {max_bytes:,} bytes")
-    if length is not None and len(data) != int(length):
-        raise ConnectionError(f"{len(data)} of {length} bytes arrived", None)
+    if missing: raise ConnectionError(f"{missing} bytes did not arrive", None)
     return data
 
 # %% ../../nbs/13_data.sources.ipynb #get-bytes
 def _get_bytes(url, max_bytes, attempts=3):
     "Return the body of an answer; raise `ConnectionError` if later may help, `ValueError` if not."
-    if not re.match(r"https?://", url, re.IGNORECASE):
-        raise ValueError("not a web address (http or https)")
+    if not re.match(r"(?i)https?://", url): raise ValueError("not a web address (http or https)")
     for attempt in range(attempts):
         try: return _request_bytes(url, max_bytes)
         except ConnectionError as error: problem, wait = error.args
@@ -1043,13 +1028,14 @@ class ImageDownloads:
         return "\n  ".join(lines + [f"and {more:,} more"] * (more > 0))
 
 # %% ../../nbs/13_data.sources.ipynb #fetch-all
+_GIVEN_UP = "not tried, since 20 links in a row did not answer; call again"
+
 def _fetch_all(jobs, folder, failed, max_bytes, workers, pause, progress):
     "Fetch `(item, link, file name)`; return item, link and problem of those that failed."
     silent = [0]  # links in a row that did not answer
     def fetch(job):
         item, url, stem = job
-        if silent[0] >= 20:
-            return item, url, "not tried, since 20 links in a row did not answer; call again"
+        if silent[0] >= 20: return item, url, _GIVEN_UP
         problem = None
         try: _fetch_picture(url, folder, stem, max_bytes)
         except ConnectionError as error:
@@ -1059,11 +1045,9 @@ def _fetch_all(jobs, folder, failed, max_bytes, workers, pause, progress):
         finally: time.sleep(pause)
         silent[0] = 0
         return problem and (item, url, problem)
-    pool = ThreadPoolExecutor(workers)
-    try:
+    with ThreadPoolExecutor(workers) as pool:
         found = tqdm(pool.map(fetch, jobs), "fetch images", len(jobs), disable=not progress)
         return list(filter(None, found))
-    finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/13_data.sources.ipynb #download-images
 def download_images(
@@ -1079,10 +1063,9 @@ def download_images(
 ) -> ImageDownloads:
     "Fetch the images that are not there yet; call again to continue."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     memory = folder / "failed_links.json"
     failed = read_json(memory) if memory.exists() and not retry else {}
-    present = {path.stem for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+    present = {path.stem for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES}
     wanted, problems = _picture_names(items, per_item)
     missing = [job for job in wanted if job[2] not in present]
     known = [(item, url, failed[url]) for item, url, _ in missing if url in failed]
@@ -1118,6 +1101,9 @@ def _fetch_raw(name, source, folder, mirror, progress):
     return paths, digests, notes
 
 # %% ../../nbs/13_data.sources.ipynb #fetch-source
+_NO_OPTIONS = ("has neither links to pictures nor long texts: leave out images_per_item, "
+               "with_metadata_only and max_field_chars")
+
 def fetch_source(
     name: str,  # such as `"amazon-2018:Prime_Pantry"` or `"movielens-1m"`: see `SOURCES`
     folder: str | Path,  # gets both tables, `source.json`, `raw/` and perhaps `images/`
@@ -1135,19 +1121,16 @@ def fetch_source(
     source, category = _find_source(name)
     options = {"with_metadata_only": with_metadata_only, "max_field_chars": max_field_chars}
     if not category and (images_per_item or with_metadata_only or max_field_chars is not None):
-        raise ValueError(f"{source.title} has neither links to pictures nor long texts: leave out "
-                         "images_per_item, with_metadata_only and max_field_chars")
+        raise ValueError(f"{source.title} {_NO_OPTIONS}")
     folder = Path(folder)
     if progress and not (folder / "raw").exists(): print(f"{source.title}. {source.terms}")
     paths, digests, notes = _fetch_raw(name, source, folder / "raw", mirror, progress)
     mark = fingerprint(name, digests, options, 1)  # 1: raised when a reader returns something else
-    record = folder / "source.json"
-    if record.exists() and read_json(record).get("fingerprint") == mark:
-        tables = RawTables.read(folder)
+    stored = read_json(folder / "source.json") if (folder / "source.json").exists() else {}
+    if stored.get("fingerprint") == mark: tables = RawTables.read(folder)
     else:
-        release = source.title[-4:]
-        tables = (read_amazon(release, *paths, progress=progress, **options) if category
-                  else read_movielens(*paths))
+        read = partial(read_amazon, source.title[-4:], progress=progress, **options)
+        tables = (read if category else read_movielens)(*paths)
         tables = replace(tables, notes=tables.notes + notes)
         tables.write(folder, name=name, files=digests, options=options, fingerprint=mark,
                      provenance=provenance())
