@@ -319,8 +319,8 @@ def _scene(domain, view, paper):
     darker = tuple(int(c * .86) for c in _PAPERS[paper])
     image = Image.new("RGB", (_SHEET, _SHEET), _PAPERS[paper])
     for shape, corners, fill, *outline in _SCENES[domain if view == "in use" else view]:
-        draw = getattr(ImageDraw.Draw(image), shape)
-        draw(corners, darker if fill == "darker" else fill, *outline)
+        colour = darker if fill == "darker" else fill
+        getattr(ImageDraw.Draw(image), shape)(corners, colour, *outline)
     return image
 
 # %% ../../nbs/10_data.synthetic.ipynb #draw-helpers
@@ -386,8 +386,7 @@ def draw_item(
     image = _scene(attributes["domain"], view, variant % len(_PAPERS)).copy()
     if view in ("front", "in use"):
         scale, _, x, y = pose
-        edges = x - 40 * scale, x + 40 * scale, y + 46 * scale
-        left, right, foot = (edge * _UNIT for edge in edges)
+        left, right, foot = (v * _UNIT for v in (x - 40 * scale, x + 40 * scale, y + 46 * scale))
         ImageDraw.Draw(image).ellipse((left, foot - 8, right, foot + 8), (150, 146, 144))
     inside = ImageChops.add(body, trim)
     if attributes["material"] == "glass": inside = inside.point(lambda v: int(v * .66))
@@ -928,7 +927,7 @@ def make_marketplace(
     "Make shops, listings and users; raises `ValueError` for sizes that make no shop."
     if n_users < 1 or n_items < 8 or not 1 <= max_images <= 4 or n_interests < 1:
         raise ValueError("this needs n_users >= 1, n_items >= 8, n_interests >= 1, max_images "
-                         f"<= 4; got {n_users}, {n_items}, {n_interests} and {max_images}")
+                         f"1 to 4; got {n_users}, {n_items}, {n_interests} and {max_images}")
     tables = []
     for domain in [domains] if isinstance(domains, str) else domains:
         shop = _open_shop(domain, n_items, n_interests, purity, seed, behaviour)

@@ -124,16 +124,13 @@ def _write_tokenizer_config(folder, max_tokens):
 def quiet_transformers():
     "Silence the notes, bars and warnings of transformers inside a `with` block."
     logging = transformers.utils.logging
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bar: logging.enable_progress_bar()
+    with warnings.catch_warnings(), contextlib.ExitStack() as afterwards:
+        afterwards.callback(logging.set_verbosity, logging.get_verbosity())
+        if logging.is_progress_bar_enabled(): afterwards.callback(logging.enable_progress_bar)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        warnings.simplefilter("ignore")
+        yield
 
 # %% ../../nbs/20_features.clip.ipynb #make-clip
 _VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, hidden_act="relu",

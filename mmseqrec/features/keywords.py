@@ -70,8 +70,7 @@ def _training_rows(training_items, n_rows):
     rows = np.unique(training_items if is_array else list(training_items))
     wrong = rows if rows.dtype.kind not in "iu" else rows[(rows < 0) | (rows >= n_rows)]
     if len(wrong):
-        raise ValueError(f"training_items holds {wrong[0]}, but must hold row numbers of this "
-                         f"catalogue, from 1 to {n_rows - 1}")
+        raise ValueError(f"training_items holds {wrong[0]}, not row numbers from 1 to {n_rows - 1}")
     return rows[rows > 0].tolist()
 
 # %% ../../nbs/22_features.keywords.ipynb #candidate-words
@@ -103,16 +102,14 @@ def keyword_vocabulary(
         words = (_candidate_words(sentence, tagger) for sentence in texts[row])
         counts.update(set().union(*words))
         n_items += len(texts[row]) > 0
-    kept = [word for word, count in counts.items()
-            if count >= min_items and count / n_items <= max_share
-            and len(word) >= min_length and word not in stop_words]
+    often = [word for word, n in counts.items() if min_items <= n and n / n_items <= max_share]
+    kept = [word for word in often if len(word) >= min_length and word not in stop_words]
     kept = sorted(kept, key=lambda word: (-counts[word], word))[:max_words]
     extra = (" ".join(word.lower().split()) for word in extra_words)
     vocabulary = [word for word in dict.fromkeys([*kept, *extra]) if word]
     if vocabulary: return vocabulary
-    raise ValueError(f"no keyword is left: no word of {n_items} training items' texts is in "
-                     f"{min_items} items or more and in at most {max_share:.0%}; "
-                     "lower min_items, raise max_share or pass extra_words")
+    raise ValueError(f"no keyword is left: none is in {min_items} to {max_share:.0%} of {n_items} "
+                     "training items; lower min_items, raise max_share or pass extra_words")
 
 # %% ../../nbs/22_features.keywords.ipynb #load-word-encoder
 def load_word_encoder(
@@ -121,8 +118,7 @@ def load_word_encoder(
     "Load the text tower that shares an image encoder's space; `ValueError` if there is none."
     name, pooling = image_encoder.name, image_encoder.pooling
     if pooling == "clip": return load_text_encoder(name, "clip", device=str(image_encoder.device))
-    raise ValueError(f"{name} has no text tower that shares its space (its pooling is "
-                     f"{pooling!r}); pass the picture encoder of a CLIP checkpoint")
+    raise ValueError(f"{name} ({pooling}) has no text tower; pass the encoder of a CLIP checkpoint")
 
 # %% ../../nbs/22_features.keywords.ipynb #word-similarity
 def word_similarity(
@@ -170,15 +166,14 @@ def value_words(
 def _shown_words(keywords, truth):
     "List `(row, k, {attribute shown: words that name it})` of every image that has keywords."
     row_of = {token: row for row, token in enumerate(keywords.item_tokens)}
-    words, found = set(keywords.words), []
+    there, words, found = keywords.top[:, :, 0] >= 0, set(keywords.words), []
     for item in truth.attributes.iter_rows(named=True):
-        row = row_of.get(item["item_id"], 0)
-        for k, view in enumerate(item["views"][:keywords.top.shape[1]]):
-            if keywords.top[row, k, 0] < 0: continue
-            names = {name: value_words(name, item[name]) for name in VISIBLE}
-            if view == "close-up": names["size"] = []
-            shown = {name: words & set(some) for name, some in names.items() if some}
-            found.append((row, k, shown))
+        row = row_of.get(item["item_id"], 0)  # row 0 has no keywords
+        for k, view in enumerate(item["views"][:there.shape[1]]):
+            if not there[row, k]: continue
+            seen = [name for name in VISIBLE if (name, view) != ("size", "close-up")]
+            names = {name: set(value_words(name, item[name])) for name in seen}
+            found.append((row, k, {name: words & own for name, own in names.items() if own}))
     if found: return found
     raise ValueError("no picture has keywords; pass keywords and truth of the same shop")
 
@@ -261,8 +256,7 @@ def plot_keyword_quality(
     columns = list(next(iter(quality.values())))
     values = [[row[column] for column in columns] for row in quality.values()]
     ax = plot_heatmap(values, list(quality), columns, title=title, digits=2)
-    n_averages = sum(column not in VISIBLE for column in columns)
-    ax.axvline(n_averages, color=COLORS["ink"], linewidth=1.5)
+    ax.axvline(len(set(columns) - set(VISIBLE)), color=COLORS["ink"], linewidth=1.5)
     return ax
 
 # %% ../../nbs/22_features.keywords.ipynb #plot-keywords
@@ -279,8 +273,7 @@ def plot_keywords(
     size = 4 * n_cols, .86 * n_rows + .3
     fig, axes = plt.subplots(n_rows, 2 * n_cols, figsize=size, width_ratios=[1, 3.6] * n_cols)
     for ax in axes.flat: ax.axis("off")
-    panels = axes.reshape(-1, 2)
-    for (ax, beside), image, some, good in zip(panels, images, words, right):
+    for (ax, beside), image, some, good in zip(axes.reshape(-1, 2), images, words, right):
         ax.imshow(np.asarray(image), interpolation="antialiased")
         n_columns = max(1, -(-len(some) // n_lines))
         for number, word in enumerate(some):
@@ -311,16 +304,15 @@ def word_levels(
 ) -> Tensor:  # `[W]`
     "Compute the level of each word over training images; `ValueError` if there is no image."
     total, count = torch.full_like(word_emb[:, 0], -torch.inf), 0
-    rows = torch.tensor(_training_rows(training_items, len(image_emb)))
-    is_held_out = ~torch.isin(torch.arange(len(image_emb)), rows)
-    pad_mask = image_pad_mask.cpu() | is_held_out[:, None]
+    pad_mask = torch.ones_like(image_pad_mask, device="cpu")
+    rows = _training_rows(training_items, len(image_emb))
+    pad_mask[rows] = image_pad_mask[rows].cpu()
     for _, _, images in _image_chunks(image_emb, pad_mask, word_emb, max_elements):
         scores = scale * word_similarity(images, word_emb)
         total = torch.logaddexp(total, scores.logsumexp(0))
         count += len(images)
     if count: return (total - np.log(count)) / scale
-    raise ValueError("no training item has a picture, so the levels of words are unknown; "
-                     "pass other training_items, or standardize=False")
+    raise ValueError("no training item has a picture; pass other items, or standardize=False")
 
 # %% ../../nbs/22_features.keywords.ipynb #best
 def _best(scores, n):
@@ -328,7 +320,7 @@ def _best(scores, n):
     def order(scores): return scores.sort(dim=1, descending=True, stable=True).indices
     values, columns = scores.topk(n, dim=1)
     tied = (scores >= values[:, -1:]).sum(1) > n
-    if tied.any(): columns[tied] = order(scores[tied])[:, :n]
+    columns[tied] = order(scores[tied])[:, :n]
     columns = columns.sort(1).values
     return columns.gather(1, order(scores.gather(1, columns)))
 
@@ -353,14 +345,13 @@ def top_words(
 # %% ../../nbs/22_features.keywords.ipynb #check-inputs
 def _check_keyword_inputs(catalogue, texts, prompt):
     "Raise a `ValueError` if catalogue, texts and prompt cannot give keywords."
-    n_rows = len(catalogue.item_tokens)
+    n, rows = len(texts), len(catalogue.item_tokens)
     if "keywords" in catalogue.encoders:
         raise ValueError("the picture features are keywords already; pass the vectors of a CLIP")
     if catalogue.image_emb is None:
         raise ValueError("the catalogue has no picture features; build it with those of a CLIP")
-    if len(texts) != n_rows:
-        raise ValueError(f"texts has {len(texts)} rows, but the catalogue has {n_rows}; align the "
-                         "item table with catalogue.item_tokens")
+    if n != rows:
+        raise ValueError(f"texts has {n} rows, but the catalogue has {rows}; align the item table")
     if "{}" not in prompt:
         raise ValueError(f"prompt {prompt!r} has no place {{}} for the word, as 'a photo of {{}}'")
 
@@ -370,10 +361,10 @@ def _check_encoders(catalogue, word_encoder, text_encoder):
     image, text = (catalogue.encoders.get(kind, {}) for kind in ("image", "text"))
     by, size = image.get("name", word_encoder.name), catalogue.image_emb.shape[2]
     is_clip = word_encoder.pooling == image.get("pooling", "clip") == "clip"
-    if not is_clip or (word_encoder.name, word_encoder.size) != (by, size):
-        raise ValueError(f"the pictures ({image.get('name', 'unknown encoder')}, {size} numbers) "
-                         f"and the words ({word_encoder.name}, {word_encoder.size} numbers) are "
-                         "not of one CLIP; take load_word_encoder(image_encoder) for the words")
+    of_words = word_encoder.name, word_encoder.size
+    if not is_clip or of_words != (by, size):
+        raise ValueError(f"pictures ({image.get('name')}, {size}) and words {of_words} are not of "
+                         "one CLIP; take load_word_encoder(image_encoder) for the words")
     mark = text_encoder.fingerprint
     if catalogue.text_emb is not None and text.get("fingerprint", mark) != mark:
         raise ValueError(f"the texts of this catalogue were encoded by {text.get('name')}, not by "
