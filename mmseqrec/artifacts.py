@@ -159,14 +159,15 @@ def _fetch(url, part, progress):
                 with open(part, "ab" if start else "wb") as file: shutil.copyfileobj(body, file)
     except urllib.error.HTTPError as error:
         if error.code == 416 and start: return
-        raise ConnectionError(f"{url}: the server answered {error.code} ({error.reason}); "
-                              "check the address") from None
+        raise ConnectionError(f"{url}: {error}; check the address") from None
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(f"{url}: {error}; call again to continue at {size()} bytes") from None
     if total is not None and size() != total:
         raise ConnectionError(f"{url}: {size()} of {total} bytes arrived; call again to continue")
 
 # %% ../nbs/01_artifacts.ipynb #provenance
+_ISO_8601 = "%Y-%m-%dT%H:%M:%SZ"
+
 def provenance(
     **extra,  # what else is worth knowing, such as `seconds=12.5`
 ) -> dict:  # versions, machine, time (UTC, ISO 8601) and `extra`
@@ -175,10 +176,9 @@ def provenance(
     for name in versions:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"time": now, "python": platform.python_version(), "versions": versions,
-            "machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count(),
-            **extra}
+    return {"time": time.strftime(_ISO_8601, time.gmtime()), "python": platform.python_version(),
+            "versions": versions, "machine": platform.machine(), "system": platform.system(),
+            "cores": os.cpu_count(), **extra}
 
 # %% ../nbs/01_artifacts.ipynb #compute-or-load
 def compute_or_load(
@@ -203,6 +203,5 @@ def artifact_path(
     "Locate a file that ships with the package; raises `FileNotFoundError` if it is not there."
     path = Path(__file__).parent.joinpath("artifacts", *parts)
     if not path.exists():
-        raise FileNotFoundError(f"{'/'.join(parts)} is not among the files of this installation; "
-                                "reinstall mmseqrec or work in a clone of the repository")
+        raise FileNotFoundError(f"{path} is not there; reinstall mmseqrec or clone its repository")
     return path

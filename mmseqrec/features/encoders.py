@@ -12,18 +12,17 @@ __all__ = ['ENCODING_VERSION', 'PUBLISHED', 'mean_pooling', 'Catalogue', 'save_c
 
 # %% ../../nbs/21_features.encoders.ipynb #imports
 import contextlib
-import functools
 import hashlib
 import json
 import os
 import threading
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
+from urllib.request import Request, urlopen
 
 import huggingface_hub
 import matplotlib.pyplot as plt
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -56,8 +55,6 @@ def mean_pooling(
     return (hidden * keep).sum(1) / keep.sum(1).clamp_min(1)
 
 # %% ../../nbs/21_features.encoders.ipynb #catalogue
-_TABLES = ("text_emb", "text_pad_mask", "image_emb", "image_pad_mask", "dropped_text_emb")
-
 @dataclass(frozen=True, eq=False)
 class Catalogue:
     "Items with their frozen text and image features, and masks that say what is missing."
@@ -87,11 +84,14 @@ class Catalogue:
 
     def mean_dropped_text(self) -> Tensor:  # `[V+1, Dt]` float32
         "Average the texts with words left out; raises `ValueError` if the catalogue has none."
-        return mean_pooling(_needed_dropped(self).float(), self.text_pad_mask)
+        if self.dropped_text_emb is None: raise ValueError(_NONE_DROPPED)
+        return mean_pooling(self.dropped_text_emb.float(), self.text_pad_mask)
 
     def take(self, ids: Sequence[int]) -> "Catalogue":  # padding and these items, in this order
         "Keep the items of some rows (1 to V); 0 among `ids` makes an empty item."
-        return _take_rows(self, ids)
+        rows = F.pad(torch.as_tensor(ids, dtype=torch.long), (1, 0))
+        tables = {name: table[rows] for name, table in _tables(self).items()}
+        return replace(self, item_tokens=[self.item_tokens[row] for row in rows.tolist()], **tables)
 
     def align(self, item_tokens: Sequence[str]) -> "Catalogue":  # in the order of `item_tokens`
         "Reorder to another list of items, with or without `\"[PAD]\"`; see `_align_catalogue`."
@@ -105,17 +105,13 @@ class Catalogue:
         return load_catalogue(folder, mmap)
 
 # %% ../../nbs/21_features.encoders.ipynb #catalogue-rows
+_TABLES = ("text_emb", "text_pad_mask", "image_emb", "image_pad_mask", "dropped_text_emb")
+_NONE_DROPPED = ("the catalogue has no sentences with words left out; encode them with "
+                 "build_catalogue(..., word_drop=0.15)")
+
 def _tables(catalogue):
     "Return the tables that a catalogue has, by name."
-    tables = {name: getattr(catalogue, name) for name in _TABLES}
-    return {name: table for name, table in tables.items() if table is not None}
-
-def _take_rows(catalogue, ids):
-    "Keep padding and the items of the rows `ids`, in their order; 0 makes an empty item."
-    rows = torch.cat([torch.zeros(1, dtype=torch.long), torch.as_tensor(ids, dtype=torch.long)])
-    tokens = [catalogue.item_tokens[row] for row in rows.tolist()]
-    kept = {name: table[rows] for name, table in _tables(catalogue).items()}
-    return replace(catalogue, item_tokens=tokens, **kept)
+    return {name: table for name in _TABLES if (table := getattr(catalogue, name)) is not None}
 
 # %% ../../nbs/21_features.encoders.ipynb #align-catalogue
 def _align_catalogue(catalogue, item_tokens):
@@ -136,21 +132,14 @@ def _count_sentence(tokens, sentence):
     "Return `[sentence]` with a count and the first tokens put in; `[]` if there are no tokens."
     if not tokens: return []
     count = f"{len(tokens)} items are" if len(tokens) > 1 else "1 item is"
-    more = ", ..." if len(tokens) > 5 else ""
-    return [f"{sentence.format(count)} ({', '.join(tokens[:5])}{more})"]
+    names = tokens if len(tokens) <= 5 else [*tokens[:5], "..."]
+    return [f"{sentence.format(count)} ({', '.join(names)})"]
 
 # %% ../../nbs/21_features.encoders.ipynb #without
 def _without(tokens, pad_masks, word):
     "Report the items whose positions are masked in all of `pad_masks [V+1, K]`."
     is_missing = torch.cat(pad_masks, 1).all(1)
     return _count_sentence(list(compress(tokens, is_missing))[1:], f"{{}} without {word}")
-
-# %% ../../nbs/21_features.encoders.ipynb #needed-dropped
-def _needed_dropped(catalogue):
-    "Return the texts with words left out; raise `ValueError` if the catalogue has none."
-    if catalogue.dropped_text_emb is not None: return catalogue.dropped_text_emb
-    raise ValueError("the catalogue has no sentences with words left out; encode them with "
-                     "build_catalogue(..., word_drop=0.15)")
 
 # %% ../../nbs/21_features.encoders.ipynb #save-catalogue
 def save_catalogue(
@@ -160,12 +149,11 @@ def save_catalogue(
     "Write a catalogue, each file whole or not at all."
     tensors = {name: table.contiguous() for name, table in _tables(catalogue).items()}
     sums = [float(tensor.double().sum()) for tensor in tensors.values()]
-    mark = fingerprint(catalogue.item_tokens, catalogue.encoders, sums)
-    plain = {"fingerprint": mark, "item_tokens": catalogue.item_tokens, "report": catalogue.report,
-             "encoders": catalogue.encoders}
+    mark = {"fingerprint": fingerprint(catalogue.item_tokens, catalogue.encoders, sums)}
+    about = {name: getattr(catalogue, name) for name in ("item_tokens", "report", "encoders")}
     with atomic_path(Path(folder) / "catalogue.safetensors") as path:
-        save_file(tensors, path, {"fingerprint": mark})
-    return write_json(Path(folder) / "catalogue.json", plain).parent
+        save_file(tensors, path, mark)
+    return write_json(Path(folder) / "catalogue.json", mark | about).parent
 
 # %% ../../nbs/21_features.encoders.ipynb #load-catalogue
 def load_catalogue(
@@ -174,14 +162,12 @@ def load_catalogue(
 ) -> Catalogue:  # equal to the one that was saved
     "Read a catalogue; raises `FileNotFoundError`, or `ValueError` if its files do not fit."
     plain, tables = (Path(folder) / f"catalogue.{end}" for end in ("json", "safetensors"))
-    for path in (plain, tables):
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: not there; save the catalogue again")
+    if missing := [path for path in (plain, tables) if not path.exists()]:
+        raise FileNotFoundError(f"{missing[0]}: not there; save the catalogue again")
     about = read_json(plain)
     with safe_open(tables, "pt") as file: mark = (file.metadata() or {}).get("fingerprint")
     if mark != about.pop("fingerprint"):
-        raise ValueError(f"{folder}: catalogue.json and catalogue.safetensors are of different "
-                         "catalogues; save it again")
+        raise ValueError(f"{folder}: the two files are of different catalogues; save it again")
     tensors = {name: table if mmap else table.clone() for name, table in load_file(tables).items()}
     about["report"] = tuple(about["report"])
     return Catalogue(**dict.fromkeys(("text_emb", "image_emb")) | about | tensors)
@@ -210,8 +196,7 @@ def _ready_table(name, array, item_tokens, dtype):
     skip = _n_padding(item_tokens)
     if array is None: return None, torch.ones(len(item_tokens) - skip + 1, 1, dtype=torch.bool)
     if len(array) != len(item_tokens):
-        raise ValueError(f"{name} has {len(array)} rows for {len(item_tokens)} item tokens; "
-                         "give one row an item")
+        raise ValueError(f"{name} has {len(array)} rows for {len(item_tokens)} item tokens")
     array = np.asarray(array)[skip:]
     array = array[:, None] if array.ndim == 2 else array
     if len(bad := np.flatnonzero(~np.isfinite(array).all((1, 2)))):
@@ -223,13 +208,11 @@ def _ready_table(name, array, item_tokens, dtype):
 # %% ../../nbs/21_features.encoders.ipynb #check-dropped
 def _check_dropped(tokens, text_emb, text_pad_mask, dropped, absent):
     "Raise `ValueError` where texts with words left out do not go with the whole texts."
-    if text_emb is None or text_emb.shape != dropped.shape:
-        found = "none" if text_emb is None else list(text_emb.shape)
-        raise ValueError(f"dropped_text_emb has shape {list(dropped.shape)} with padding, text_emb "
-                         f"{found}; they must be of the same sentences")
+    shape, other = list(dropped.shape), "none" if text_emb is None else list(text_emb.shape)
+    if shape != other:
+        raise ValueError(f"text_emb {other} and dropped {shape} must be of the same sentences")
     if len(bad := (absent != text_pad_mask).any(1).nonzero()[:, 0]):
-        raise ValueError(f"item {tokens[bad[0]]}: text_emb and dropped_text_emb do not have the "
-                         "same sentences (rows of zeros are no sentences)")
+        raise ValueError(f"item {tokens[bad[0]]}: text_emb and dropped_text_emb have other gaps")
 
 # %% ../../nbs/21_features.encoders.ipynb #encoder
 ENCODING_VERSION = 1  # raised when a change of this page alters features
@@ -246,10 +229,8 @@ class Encoder:
         device: str = "auto",  # where the network runs
     ):
         self.device, self.name, self.settings = get_device(device), str(name), settings
-        self.model = model.float().eval().requires_grad_(False)
-        weights = _weights_digest(self.model)
-        self.fingerprint = fingerprint(self.kind, ENCODING_VERSION, settings, weights)
-        self.model.to(self.device)
+        self.model = model.float().eval().requires_grad_(False).to(self.device)
+        self.fingerprint = fingerprint(self.kind, ENCODING_VERSION, settings, _digest(self.model))
         self.size = self.encode_batch([self.blank]).shape[1]
 
     def encode(
@@ -272,7 +253,7 @@ class Encoder:
         return f"{kind}({self.name}, size={self.size}, fingerprint={self.fingerprint})"
 
 # %% ../../nbs/21_features.encoders.ipynb #weights-digest
-def _weights_digest(model):
+def _digest(model):
     "Digest names and numbers of all weights."
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
@@ -280,9 +261,11 @@ def _weights_digest(model):
     return digest.hexdigest()
 
 # %% ../../nbs/21_features.encoders.ipynb #text-encoder
+_PROBE = "A probe: Größe 40, 100% cotton."  # tokenizers that cut it differently are different
+
 class TextEncoder(Encoder):
     "Encode texts with a frozen network and its tokenizer."
-    kind, blank = "text", "a"
+    kind, word, blank = "text", "sentence", "a"
 
     def __init__(
         self,
@@ -296,8 +279,7 @@ class TextEncoder(Encoder):
     ):
         self.tokenizer, self.pooling = tokenizer, pooling
         self.normalize, self.max_tokens = normalize, max_tokens
-        probe = tokenizer("A probe: Größe 40, 100% cotton.")["input_ids"]
-        vocabulary = fingerprint(tokenizer.get_vocab(), list(probe))
+        vocabulary = fingerprint(tokenizer.get_vocab(), list(tokenizer(_PROBE)["input_ids"]))
         settings = {"pooling": pooling, "normalize": normalize, "max_tokens": max_tokens}
         super().__init__(model, name, settings | {"vocabulary": vocabulary}, device)
 
@@ -317,17 +299,16 @@ class TextEncoder(Encoder):
         padding = "max_length" if "siglip" in self.model.config.model_type else True
         tokens = self.tokenizer(texts, padding=padding, truncation=True, return_tensors="pt",
                                 max_length=self.max_tokens).to(self.device)
+        pad_mask = tokens["attention_mask"] == 0
         if self.pooling == "clip": rows = text_features(self.model, tokens)
-        else:
-            rows = self.model(**tokens).last_hidden_state
-            pad_mask = tokens["attention_mask"] == 0
-            rows = rows[:, 0] if self.pooling == "cls" else mean_pooling(rows, pad_mask)
+        elif self.pooling == "cls": rows = self.model(**tokens).last_hidden_state[:, 0]
+        else: rows = mean_pooling(self.model(**tokens).last_hidden_state, pad_mask)
         return (F.normalize(rows, dim=1) if self.normalize else rows).float().cpu().numpy()
 
 # %% ../../nbs/21_features.encoders.ipynb #image-encoder
 class ImageEncoder(Encoder):
     "Encode images with a frozen network and the settings that prepare its images."
-    kind, blank = "image", Image.new("RGB", (64, 64), "white")
+    kind, word, blank = "image", "picture", Image.new("RGB", (64, 64), "white")
 
     def __init__(
         self,
@@ -338,8 +319,7 @@ class ImageEncoder(Encoder):
         device: str = "auto",  # where the network runs
     ):
         self.image_settings, self.pooling = image_settings, pooling
-        settings = {"pooling": pooling, "image_settings": image_settings}
-        super().__init__(model, name, settings, device)
+        super().__init__(model, name, dict(pooling=pooling, image_settings=image_settings), device)
 
     def key(self, picture) -> str:
         "Digest the bytes of a file, or the pixels of an image in memory."
@@ -349,9 +329,7 @@ class ImageEncoder(Encoder):
 
     def length(self, picture) -> int: return 0  # images are all made the same size
 
-    def read(self, picture) -> Image.Image:
-        "Open as upright RGB on white."
-        return open_image(picture)
+    read = staticmethod(open_image)
 
     @torch.inference_mode()
     def encode_batch(self, pictures: list) -> np.ndarray:  # `[N, D]` float32
@@ -365,23 +343,23 @@ class ImageEncoder(Encoder):
         return rows.float().cpu().numpy()
 
 # %% ../../nbs/21_features.encoders.ipynb #load-model
+_SAFE = dict(use_safetensors=True, trust_remote_code=False)
+
+@quiet_transformers()
 def _load_model(name):
     "Load `(network, folder or hub name, is in the hub's cache, pooler is untrained)` of a name."
     folder = artifact_path("clip") if name == "shipped" else name
     cached = not Path(folder).is_dir() and _find_on_hub(str(name))
-    options = dict(use_safetensors=True, trust_remote_code=False, local_files_only=cached)
-    load = transformers.AutoModel.from_pretrained
-    try:
-        with quiet_transformers(): model, info = load(folder, output_loading_info=True, **options)
+    options = dict(output_loading_info=True, local_files_only=cached, **_SAFE)
+    try: model, info = transformers.AutoModel.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n")[0] or type(error).__name__
-        raise FileNotFoundError(
-            f"{name}: no checkpoint with safetensors weights could be loaded ({first}); check the "
-            "name, or save the model again with model.save_pretrained(folder)") from None
+        raise FileNotFoundError(f"{name}: no checkpoint with safetensors weights ({first}); check "
+                                "the name, or save it anew with save_pretrained") from None
     lacking = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
     if needed := sorted(key for key in lacking if "pooler" not in key):
-        raise ValueError(f"{name}: the checkpoint lacks {len(needed)} weights, such as {needed[0]}"
-                         f"; it belongs to another architecture than {type(model).__name__}")
+        raise ValueError(f"{name}: as a {type(model).__name__}, the checkpoint lacks {len(needed)} "
+                         f"weights, such as {needed[0]}")
     return model, folder, cached, bool(lacking)
 
 # %% ../../nbs/21_features.encoders.ipynb #find-on-hub
@@ -406,11 +384,10 @@ def _hub_silence(seconds=3.0):
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"): return f"{name} is set"
     hub, answers = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), []
-    url = f"{hub}/api/models/openai/clip-vit-base-patch32"
     def ask():
-        request = urllib.request.Request(url, method="HEAD")
-        with contextlib.suppress(OSError, ValueError):
-            with urllib.request.urlopen(request, timeout=seconds): answers.append(True)
+        request = Request(f"{hub}/api/models/openai/clip-vit-base-patch32", method="HEAD")
+        with contextlib.suppress(OSError, ValueError), urlopen(request, timeout=seconds):
+            answers.append(True)
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -434,15 +411,14 @@ def resolve_pooling(
     if hasattr(model, "get_text_features"): return "clip"
     modes = _side_file(name, "1_Pooling/config.json")
     if not modes: return "mean"
-    chosen = [key.split("_")[2] for key, on in modes.items()
-              if key.startswith("pooling_mode_") and on is True]
+    chosen = [key.split("_")[2] for key, on in modes.items() if on is True and "_mode_" in key]
     chosen = chosen or [str(modes.get("pooling_mode"))]
     if chosen not in (["mean"], ["cls"]):
-        raise ValueError(f"{name}: its pooling is {chosen}, which is not supported; "
-                         "pass pooling='mean' or 'cls'")
+        raise ValueError(f"{name}: pooling {chosen} is not supported; pass pooling='mean' or 'cls'")
     return chosen[0]
 
 # %% ../../nbs/21_features.encoders.ipynb #load-text-encoder
+@quiet_transformers()
 def load_text_encoder(
     name: str | Path = "shipped",  # `"shipped"`, folder, or hub name
     pooling: str = "auto",  # `"auto"`, `"mean"`, `"cls"` or `"clip"`
@@ -457,14 +433,12 @@ def load_text_encoder(
     if pooling == "auto": pooling = resolve_pooling(folder, model)
     fitting = ["clip"] if hasattr(model, "get_text_features") else ["mean", "cls"]
     if pooling not in fitting:
-        raise ValueError(f"{name}: pooling {pooling!r} does not fit a {type(model).__name__}; "
-                         f"use 'auto' or one of {fitting}")
+        raise ValueError(f"{name}: pooling {pooling!r} does not fit; use 'auto' or {fitting}")
     if normalize is None:
-        modules = _side_file(folder, "modules.json") or []
+        modules = _side_file(folder, "modules.json")
         normalize = any("Normalize" in module.get("type", "") for module in modules)
-    options = dict(trust_remote_code=False, local_files_only=cached)
-    with quiet_transformers():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    load = transformers.AutoTokenizer.from_pretrained
+    tokenizer = load(folder, trust_remote_code=False, local_files_only=cached)
     config = getattr(model.config, "text_config", model.config)
     limits = [max_tokens, _side_file(folder, "sentence_bert_config.json").get("max_seq_length"),
               tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
@@ -484,8 +458,7 @@ def load_image_encoder(
     settings = _side_file(folder, "preprocessor_config.json")
     settings = settings or _side_file(folder, "processor_config.json").get("image_processor", {})
     if not settings:
-        raise ValueError(f"{name}: no preprocessor_config.json, so it is unknown how pictures must "
-                         "be prepared; add the file of the original checkpoint")
+        raise ValueError(f"{name}: no preprocessor_config.json; add the original checkpoint's")
     if pooling == "auto": pooling = _image_pooling(model, settings, pooler_is_untrained)
     return ImageEncoder(model, settings, name, pooling, device)
 
@@ -514,22 +487,18 @@ def resolve_encoders(
     device: str = "auto",  # where the networks run
 ) -> ResolvedEncoders:  # `(text, image, note)`
     "Load the encoders asked for; `auto` is the published checkpoint, or else the shipped CLIP."
-    silence = functools.cache(_hub_silence)
-    text, about_text = _resolve("text", text, load_text_encoder, silence, device)
-    image, about_image = _resolve("image", image, load_image_encoder, silence, device)
+    text, about_text = _resolve("text", text, load_text_encoder, device)
+    image, about_image = _resolve("image", image, load_image_encoder, device)
     return ResolvedEncoders(text, image, f"Texts are {about_text} Pictures are {about_image}")
 
 # %% ../../nbs/21_features.encoders.ipynb #resolve-one
-def _resolve(kind, name, load, silence, device):
+def _resolve(kind, name, load, device):
     "Load one encoder; return it with the end of a sentence that says which it is and why."
-    why, published = "as asked", PUBLISHED[kind]
-    if name == "auto":
-        name, why = published, "the published default"
-        if not _is_cached(name) and (reason := silence()):
-            name, why = "shipped", f"because {name} is not in the cache and {reason}"
+    why = "the published default" if name == "auto" else "as asked"
+    if name == "auto": name = PUBLISHED[kind]
     try: encoder = load(name, device=device)
     except (OSError, ValueError) as error:
-        if why != "the published default": raise
+        if why == "as asked": raise
         name, why = "shipped", f"because {error}"
         encoder = load(name, device=device)
     label = "the small CLIP shipped with mmseqrec" if name == "shipped" else name
@@ -581,23 +550,21 @@ def plan_chunks(
     size: int = 64,  # contents of a chunk at most
 ) -> list[list[int]]:  # chunks of indices into `keys`, each content once
     "Plan the batches of a table from its contents alone."
-    first = {}
-    for place, key in enumerate(keys):
-        if key is not None: first.setdefault(key, place)
-    chunks = [[]]
+    last_first = reversed(list(enumerate(keys)))
+    first, chunks = {key: place for place, key in last_first if key is not None}, [[]]
     for key in sorted(first, key=lambda key: (lengths[first[key]], key)):
-        if len(chunks[-1]) == size: chunks.append([])
         chunks[-1].append(first[key])
-        if int(key[:8], 16) % size == 0: chunks.append([])
+        if len(chunks[-1]) == size or int(key[:8], 16) % size == 0: chunks.append([])
     return [chunk for chunk in chunks if chunk]
 
 # %% ../../nbs/21_features.encoders.ipynb #map-table
+_CODES = {"float16": "F16", "float32": "F32"}
+
 def _map_new_table(path, shape, dtype):
     "Make a safetensors file with a tensor `features` of zeros, or find it; map it for writing."
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if not path.exists():
-        code = {"float16": "F16", "float32": "F32"}[dtype]
-        about = {"dtype": code, "shape": list(shape), "data_offsets": [0, size]}
+        about = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [0, size]}
         header = json.dumps({"features": about}).encode()
         header += b" " * (-len(header) % 8)
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -615,18 +582,16 @@ def _read_journal(path):
     "Read the finished chunks of a journal, skipping a torn line: `{chunk: {start, broken}}`."
     done = {}
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            if line: done.update(json.loads(line))
+        with contextlib.suppress(json.JSONDecodeError): done |= json.loads(line)
     return done
 
 # %% ../../nbs/21_features.encoders.ipynb #finished-chunks
 def _finished_chunks(folder, prefix, dtype):
-    "Find the chunks that finished tables of the same encoder hold: `{chunk: (rows, entry)}`."
+    "Find the chunks that finished tables of the same encoder hold: `{chunk: (rows, broken)}`."
     found = {}
-    for path in sorted(folder.glob(f"{prefix}-*-{dtype}.json")):
-        if path.with_suffix(".safetensors").exists():
-            rows = _read_table(path.with_suffix(".safetensors"))
-            found |= {chunk: (rows, entry) for chunk, entry in read_json(path)["chunks"].items()}
+    for path in sorted(folder.glob(f"{prefix}-*-{dtype}.safetensors")):
+        rows, chunks = _read_table(path), read_json(path.with_suffix(".json"))["chunks"]
+        found |= {chunk: (rows[at["start"]:], at["broken"]) for chunk, at in chunks.items()}
     return found
 
 # %% ../../nbs/21_features.encoders.ipynb #growing-table
@@ -645,21 +610,18 @@ class _GrowingTable:
         return [chunk for chunk in self.sizes if chunk not in self.done]
 
     def add(self, chunk, rows, broken):
-        "Write the rows of a chunk, and then its line of the journal."
-        start = self.starts[chunk]
-        self.rows[start:start + self.sizes[chunk]] = rows
+        "Write the first of `rows` as those of a chunk, and then its line of the journal."
+        start, size = self.starts[chunk], self.sizes[chunk]
+        self.rows[start:start + size] = rows[:size]
         self.rows.flush()
         self.done[chunk] = {"start": start, "broken": broken}
-        with open(self.journal, "a", encoding="utf-8") as log:
-            log.write("\n" + json.dumps({chunk: self.done[chunk]}) + "\n")
-            log.flush()
+        with open(self.journal, "ab", buffering=0) as log:
+            log.write(f"\n{json.dumps({chunk: self.done[chunk]})}\n".encode())
             os.fsync(log.fileno())
 
     def copy(self, earlier):
         "Copy the chunks that `earlier` holds, as `_finished_chunks` has found them."
-        for chunk in filter(earlier.get, self.missing()):
-            rows, entry = earlier[chunk]
-            self.add(chunk, rows[entry["start"]:][:self.sizes[chunk]], entry["broken"])
+        for chunk in filter(earlier.get, self.missing()): self.add(chunk, *earlier[chunk])
 
     def finish(self, about):
         "Turn the journal into the table's JSON file and give the table its name."
@@ -668,36 +630,39 @@ class _GrowingTable:
         self.journal.unlink(missing_ok=True)
 
 # %% ../../nbs/21_features.encoders.ipynb #encode-chunk
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-
+@np.errstate(over="ignore")
 def _encode_chunk(places, contents, labels, encoder, dtype):
     "Encode some contents; return rows `[n, D]` (zeros where broken) and `{row: reason}`."
-    opened, broken = {}, {}
-    for row, place in enumerate(places):
-        try: opened[row] = encoder.read(contents[place])
-        except _UNREADABLE as error: broken[row] = _reason(error)
+    opened, broken = _take_in(encoder.read, [contents[place] for place in places])
     rows = np.zeros((len(places), encoder.size), dtype)
-    with np.errstate(over="ignore"):
-        if opened: rows[list(opened)] = encoder.encode_batch(list(opened.values()))
+    if opened: rows[list(opened)] = encoder.encode_batch(list(opened.values()))
     if len(bad := np.flatnonzero(~np.isfinite(rows).all(1))):
         raise ValueError(f"{labels[places[bad[0]]]}: {encoder.name} gives a feature that is not a "
                          f"number or too large for {dtype}; check it, or use dtype='float32'")
     return rows, broken
 
 # %% ../../nbs/21_features.encoders.ipynb #reason
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+def _take_in(read, contents):
+    "Read each content; return `{row: what was read}`, and `{row: reason}` where that fails."
+    done, broken = {}, {}
+    for row, content in enumerate(contents):
+        try: done[row] = read(content)
+        except _UNREADABLE as error: broken[row] = _reason(error)
+    return done, broken
+
 def _reason(error):
     "Say in a few words why a content could not be opened; its name stands in front already."
-    not_an_image = type(error).__name__ == "UnidentifiedImageError"
-    if not_an_image: return "not a picture in a format that PIL reads"
+    if isinstance(error, UnidentifiedImageError): return "not a picture in a format that PIL reads"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 # %% ../../nbs/21_features.encoders.ipynb #shares
 def _encode_shares(todo, chunks, *options):
     "Encode the chunks `todo`, one a process at a time; yield each with `_encode_chunk` of it."
-    rank, step = process_index(), n_processes()
-    for start in range(0, len(todo), step):
-        now = todo[start:start + step]
-        own = [place for chunk in now[rank:rank + 1] for place in chunks[chunk]]
+    for start in range(0, len(todo), n_processes()):
+        now = todo[start:start + n_processes()]
+        own = [place for chunk in now[process_index():][:1] for place in chunks[chunk]]
         yield from zip(now, from_all(lambda: _encode_chunk(own, *options)))
 
 # %% ../../nbs/21_features.encoders.ipynb #fill-table
@@ -712,15 +677,15 @@ def _fill_table(path, prefix, encoder, contents, keys, labels, plan, dtype, prog
     for chunk, found in tqdm(shares, desc=f"{encoder.kind} batches", total=len(chunks),
                              initial=len(chunks) - len(todo), disable=not (progress and is_main)):
         if is_main: table.add(chunk, *found)
-    about = {"encoder": encoder.name, "fingerprint": encoder.fingerprint}
-    from_main(lambda: table.finish(about))
+    from_main(lambda: table.finish({"encoder": encoder.name, "fingerprint": encoder.fingerprint}))
 
 # %% ../../nbs/21_features.encoders.ipynb #lock
+try: import fcntl
+except ImportError: fcntl = None
+
 @contextlib.contextmanager
 def _one_at_a_time(path):
     "Let one run at a time into the `with` block (no effect where the system has no `fcntl`)."
-    try: import fcntl
-    except ImportError: fcntl = None
     with open(path, "a") as file:
         if fcntl and is_main_process(): fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -763,11 +728,12 @@ def encode_table(
     folder, dtype = Path(folder), np.dtype(dtype).name
     folder.mkdir(parents=True, exist_ok=True)
     labels = labels or [f"{encoder.kind} {place}" for place in range(len(contents))]
-    keys, report = _content_keys(contents, encoder, labels)
-    chunks = plan_chunks(keys, [encoder.length(content) for content in contents], chunk_size)
-    if not chunks:
-        rows, index = np.zeros((0, encoder.size), dtype), np.full(len(keys), -1)
-        return FeatureTable(rows, index, None, tuple(report))
+    known, broken = _take_in(encoder.key, contents)
+    keys = [known.get(place) for place in range(len(contents))]
+    report = [f"{labels[place]}: left out ({reason})" for place, reason in broken.items()]
+    chunks = plan_chunks(keys, list(map(encoder.length, contents)), chunk_size)
+    nothing = np.zeros((0, encoder.size), dtype), np.full(len(keys), -1), None
+    if not chunks: return FeatureTable(*nothing, tuple(report))
     prefix = f"{encoder.kind}-{encoder.fingerprint}"
     plan = fingerprint([[keys[place] for place in chunk] for chunk in chunks])
     path = folder / f"{prefix}-{plan}-{dtype}.safetensors"
@@ -775,25 +741,13 @@ def encode_table(
     with each_for_itself(not is_shared), _one_at_a_time(folder / f".{prefix}.lock"):
         if not from_main(path.exists):
             _fill_table(path, prefix, encoder, contents, keys, labels, chunks, dtype, progress)
-    order = [place for chunk in chunks for place in chunk]
-    return _open_table(path, keys, labels, order, report)
-
-# %% ../../nbs/21_features.encoders.ipynb #content-keys
-def _content_keys(contents, encoder, labels):
-    "Take the key of every content, `None` where it cannot be read, and report those."
-    keys, report = [], []
-    for content, label in zip(contents, labels):
-        try: keys.append(encoder.key(content))
-        except (OSError, ValueError) as error:
-            keys.append(None)
-            report.append(f"{label}: left out ({_reason(error)})")
-    return keys, report
+    return _open_table(path, keys, labels, chunks, report)
 
 # %% ../../nbs/21_features.encoders.ipynb #open-table
-def _open_table(path, keys, labels, order, report):
+def _open_table(path, keys, labels, chunks, report):
     "Map a finished table and find the row of every content; add broken ones to the report."
-    row_of = {keys[place]: row for row, place in enumerate(order)}
-    index = np.array([-1 if key is None else row_of[key] for key in keys], np.int64)
+    row_of = {keys[place]: row for row, place in enumerate(chain(*chunks))}
+    index = np.array([row_of.get(key, -1) for key in keys], np.int64)
     for entry in read_json(path.with_suffix(".json"))["chunks"].values():
         for row, reason in entry["broken"].items():
             askers = np.flatnonzero(index == entry["start"] + int(row))
@@ -817,14 +771,12 @@ def _encode_items(tokens, contents, encoder, limit, folder, options):
     "Encode lists of contents `[V+1][k]`; return `[V+1, K, D]`, its pad mask and the report."
     if encoder is None: return None, torch.ones(len(tokens), 1, dtype=torch.bool), []
     kept = [list(part)[:limit] for part in contents]
-    flat = [content for part in kept for content in part]
-    word = {"text": "sentence", "image": "picture"}[encoder.kind]
-    labels = [f"item {token}, {word} {k + 1 if word == 'sentence' else content}"
-              for token, part in zip(tokens, kept) for k, content in enumerate(part)]
-    table = encode_table(flat, encoder, folder, labels=labels, **options)
+    labels = [f"item {token}, {encoder.word} {k if encoder.kind == 'text' else content}"
+              for token, part in zip(tokens, kept) for k, content in enumerate(part, 1)]
+    table = encode_table(list(chain(*kept)), encoder, folder, labels=labels, **options)
     cut = [token for token, part in zip(tokens, contents) if len(part) > limit]
-    report = [*table.report, *_count_sentence(cut, f"{{}} cut to {limit} {word}s")]
-    return *_deal(table, list(map(len, kept))), report
+    report = _count_sentence(cut, f"{{}} cut to {limit} {encoder.word}s")
+    return *_deal(table, list(map(len, kept))), [*table.report, *report]
 
 # %% ../../nbs/21_features.encoders.ipynb #build-catalogue
 def build_catalogue(
@@ -849,9 +801,8 @@ def build_catalogue(
     tokens, images = ["[PAD]", *items.item_tokens[skip:]], [[], *items.images[skip:]]
     texts = [[text for text in part if str(text).strip()] for part in [[], *items.texts[skip:]]]
     options = dict(dtype=dtype, chunk_size=chunk_size, progress=progress)
-    keep = TemporaryDirectory() if cache_dir is None else contextlib.nullcontext(cache_dir)
-    with keep as folder:
-        def encode(*some): return _encode_items(tokens, *some, folder, options)
+    with TemporaryDirectory() as nowhere:
+        def encode(*some): return _encode_items(tokens, *some, cache_dir or nowhere, options)
         text, text_pad, report = encode(texts, text_encoder, max_texts)
         if word_drop:
             shorter = [[drop_words(str(text), word_drop) for text in part] for part in texts]
