@@ -350,20 +350,18 @@ class InterestReader(nn.Module):
         interests: Interests,
         item_emb: IDEmbedding | None = None,  # added to each token in the transductive mode
         piece_cost: int | None = None,  # see `length_chunks`
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:  # `[B, D]` of length 1; contexts and padding
+    ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor]]]:  # `[B, D]` of length 1; contexts and padding
         "Encode histories; also return the encoded interests `[b, Q, D]` of each piece, and a mask."
-        rows, found, contexts, kept = [], [], [], 0
+        parts, kept = [], 0
         for some, piece in _in_parts(self, table, view, piece_cost):
             place, ids = view.place[some, :piece.item_seq.shape[1]], view.interest_seq[some]
             if not self.padded_sets: ids = ids[:, :max(int((ids > 0).sum(1).max()), 1)]
             laid = self.lay_out(table, missing_token_mask, place, piece, item_emb)
             kept += ids.numel() * table.shape[1]
             y, context = _trunk(self, kept)(*laid[:2], interests(ids), ids == 0, asked=laid[2])
-            rows.append(some)
-            found.append(y[:, 0])
-            contexts.append((context, ids == 0))
-        u = torch.cat(found)[torch.cat(rows).argsort()]
-        return F.normalize(u, dim=-1), contexts
+            parts.append((some, y[:, 0], (context, ids == 0)))
+        rows, found, contexts = zip(*parts)
+        return F.normalize(torch.cat(found)[torch.cat(rows).argsort()], dim=-1), contexts
 
     def attention(
         self,
