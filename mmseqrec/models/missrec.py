@@ -186,8 +186,6 @@ def fused_score(
 # %% ../../nbs/55_models.missrec.ipynb #candidate-fusion
 class CandidateFusion(nn.Module):
     "Score candidates by their streams and a learned kappa (MISSRec, section 3.4.2)."
-    kinds = ("shared", "per_item", "static")
-
     def __init__(
         self,
         kind: str = "shared",  # one kappa for all; `"per_item"`: one each; `"static"`: zero
@@ -196,8 +194,9 @@ class CandidateFusion(nn.Module):
         has_ids: bool = False,  # candidates have an ID embedding as well
     ):
         super().__init__()
-        if kind not in self.kinds:
-            raise ValueError(f"candidate_fusion must be one of {self.kinds}, got {kind!r}")
+        if kind not in ("shared", "per_item", "static"):
+            known = "'shared', 'per_item' or 'static'"
+            raise ValueError(f"candidate_fusion must be {known}, got {kind!r}")
         self.has_ids, self.kappa, self.item_kappa = has_ids, None, None
         if n_modalities == 2 and kind == "shared": self.kappa = nn.Parameter(torch.zeros(()))
         if n_modalities == 2 and kind == "per_item": self.item_kappa = IDEmbedding(n_items, 1, 0.)
