@@ -261,7 +261,7 @@ def check_pretraining(
         raise NotImplementedError(f"{name} with learned item vectors has no pre-training; "
                                   f"pre-train {name}(transductive=False) and transfer_weights")
     if model.disturbance.get("word_drop_share", 0) > 0 and dropped_texts is None:
-        raise ValueError("word drop needs texts with fewer words: build_catalogue(..., word_drop=0.15"
+        raise ValueError("word drop needs shortened texts: build_catalogue(..., word_drop=0.15"
                          f"), or set word_drop_share=0: {name}(..., word_drop_share=0)")
 
 # %% ../nbs/40_recommender.ipynb #recommendation
@@ -290,8 +290,7 @@ def top_items(
         scores = model.score(model.encode_sequence(batch), items).float()
         if exclude_seen:
             for row, history in zip(scores, part): row[torch.tensor(history) - 1] = -torch.inf
-        if scores.amax(1).isnan().any():
-            raise ValueError("scores hold NaN, which has no rank: check the model's weights")
+        if scores.amax(1).isnan().any(): raise ValueError("scores hold NaN: check the weights")
         best = scores.topk(min(k, len(items)))
         found.append((items.ids[best.indices].cpu(), best.values.cpu()))
     ids, scores = zip(*found)
@@ -361,8 +360,7 @@ def _class_named(name, cls):
     known = {kind.__name__: kind for kind in [*family(Recommender), cls]}
     kind = known.get(name) or getattr(import_module("mmseqrec"), name, None)
     if isinstance(kind, type) and issubclass(kind, Recommender): return kind
-    raise ValueError(f"config.json names the recommender {name!r}, which is not known here; "
-                     "import the module that defines it first")
+    raise ValueError(f"config names the recommender {name!r}: import the module that defines it")
 
 def _with_new_names(kind, config, weights):
     "Translate arguments and weights of a model that an earlier version saved."
@@ -453,8 +451,7 @@ def export_vectors(
     Raises `ValueError` for a history without a known item."""
     folder, row_of = Path(folder), model._row_of
     rows = [[row_of[t] for t in map(str, history) if t in row_of] for history in histories]
-    if (empty := [number for number, row in enumerate(rows, 1) if not row]):
-        raise ValueError(f"history {empty[0]} names no item that the recommender has; leave it out")
+    if [] in rows: raise ValueError(f"history {rows.index([]) + 1} names no item; leave it out")
     plain = f"no: candidates, to be ranked by {type(model).__name__}"
     if type(model).score is Recommender.score: plain = "yes"
     wanted = {"items": (_item_pieces(model, items_at_once), list(model.catalogue.item_tokens[1:])),

@@ -104,9 +104,8 @@ def plot_fit(
     metric = next(iter(histories.values())).metric
     shown = metric.replace("ndcg", "NDCG").replace("recall", "Recall")
     for key, title, ax in ((term, "Training loss", left), (metric, f"Validation {shown}", right)):
-        lines = {name: ([epoch["epoch"] + 1 for epoch in history.epochs],
-                        [epoch.get(key, float("nan")) for epoch in history.epochs])
-                 for name, history in histories.items()}
+        curve = lambda rows: ([x["epoch"] + 1 for x in rows], [x.get(key, math.nan) for x in rows])
+        lines = {name: curve(history.epochs) for name, history in histories.items()}
         plot_lines(lines, colors=colors, title=title, xlabel="epoch", ax=ax)
         ax.xaxis.get_major_locator().set_params(integer=True)
     for line, history in zip(list(right.lines), histories.values()):

@@ -51,9 +51,8 @@ class IDEmbedding(nn.Embedding):
         weight = weight.to(self.weight)
         row_of = {token: row for row, token in enumerate(old or ()) if row}
         kept = [(row, row_of[t]) for row, t in enumerate(self.item_tokens) if t in row_of]
-        if kept:
-            new, before = torch.tensor(kept, device=weight.device).T
-            weight[new] = self.weight.detach()[before]
+        new, before = torch.tensor(kept, dtype=torch.long, device=weight.device).view(-1, 2).T
+        weight[new] = self.weight.detach()[before]
         self.weight, self.num_embeddings = nn.Parameter(weight), len(weight)
 
 # %% ../../nbs/36_blocks.towers.ipynb #modality-sizes
@@ -107,8 +106,7 @@ class ContentEmbedding(nn.Module):
         ids: Tensor,  # `[N]` catalogue rows
     ) -> list[Tensor]:  # `[N, D]` of each modality; zeros where an item lacks it
         "Adapt the features of some items."
-        return [adapter(features[ids], missing[ids])
-                for adapter, features, missing in self._tables()]
+        return [part(features[ids], missing[ids]) for part, features, missing in self._tables()]
 
     def forward(
         self,

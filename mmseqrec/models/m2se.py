@@ -78,8 +78,7 @@ class ItemStreams(nn.Module):
     ):
         super().__init__()
         if not (text_size and image_size):
-            raise ValueError("M2SE reads texts and pictures: give text_size and image_size, and a "
-                             "catalogue with both")
+            raise ValueError("M2SE reads texts and pictures: give text_size and image_size")
         self.text, self.image = (ModalityEncoder(size, hidden_size, **options)
                                  for size in (text_size, image_size))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))

@@ -186,8 +186,6 @@ def fused_score(
 # %% ../../nbs/55_models.missrec.ipynb #candidate-fusion
 class CandidateFusion(nn.Module):
     "Score candidates by their streams and a learned kappa (MISSRec, section 3.4.2)."
-    kinds = ("shared", "per_item", "static")
-
     def __init__(
         self,
         kind: str = "shared",  # one kappa for all; `"per_item"`: one each; `"static"`: zero
@@ -196,8 +194,9 @@ class CandidateFusion(nn.Module):
         has_ids: bool = False,  # candidates have an ID embedding as well
     ):
         super().__init__()
-        if kind not in self.kinds:
-            raise ValueError(f"candidate_fusion must be one of {self.kinds}, got {kind!r}")
+        if kind not in ("shared", "per_item", "static"):
+            known = "'shared', 'per_item' or 'static'"
+            raise ValueError(f"candidate_fusion must be {known}, got {kind!r}")
         self.has_ids, self.kappa, self.item_kappa = has_ids, None, None
         if n_modalities == 2 and kind == "shared": self.kappa = nn.Parameter(torch.zeros(()))
         if n_modalities == 2 and kind == "per_item": self.item_kappa = IDEmbedding(n_items, 1, 0.)
@@ -350,20 +349,18 @@ class InterestReader(nn.Module):
         interests: Interests,
         item_emb: IDEmbedding | None = None,  # added to each token in the transductive mode
         piece_cost: int | None = None,  # see `length_chunks`
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:  # `[B, D]` of length 1; contexts and padding
+    ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor]]]:  # `[B, D]` of length 1; contexts and padding
         "Encode histories; also return the encoded interests `[b, Q, D]` of each piece, and a mask."
-        rows, found, contexts, kept = [], [], [], 0
+        parts, kept = [], 0
         for some, piece in _in_parts(self, table, view, piece_cost):
             place, ids = view.place[some, :piece.item_seq.shape[1]], view.interest_seq[some]
             if not self.padded_sets: ids = ids[:, :max(int((ids > 0).sum(1).max()), 1)]
             laid = self.lay_out(table, missing_token_mask, place, piece, item_emb)
             kept += ids.numel() * table.shape[1]
             y, context = _trunk(self, kept)(*laid[:2], interests(ids), ids == 0, asked=laid[2])
-            rows.append(some)
-            found.append(y[:, 0])
-            contexts.append((context, ids == 0))
-        u = torch.cat(found)[torch.cat(rows).argsort()]
-        return F.normalize(u, dim=-1), contexts
+            parts.append((some, y[:, 0], (context, ids == 0)))
+        rows, found, contexts = zip(*parts)
+        return F.normalize(torch.cat(found)[torch.cat(rows).argsort()], dim=-1), contexts
 
     def attention(
         self,

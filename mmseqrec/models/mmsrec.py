@@ -181,9 +181,8 @@ class MaxFusion(nn.Module):
         hidden_size: int,  # D
     ):
         super().__init__()
-        self.transforms = nn.ModuleList(
-            nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.LayerNorm(hidden_size, eps=1e-12))
-            for _ in range(n_modalities))
+        part = lambda: (nn.Linear(hidden_size, hidden_size), nn.LayerNorm(hidden_size, eps=1e-12))
+        self.transforms = nn.ModuleList(nn.Sequential(*part()) for _ in range(n_modalities))
 
     def forward(
         self,
@@ -259,8 +258,8 @@ def pair_pretraining(
 ) -> dict[str, Tensor]:  # `"loss"`, `image_image`, `image_text`, `text_text`, `both_both`
     "Compute the modality-combination loss of some items: six passes, each with its own dropout."
     if not model.has_pretraining:
-        raise NotImplementedError("MMSRec has no pre-training with one modality or deep_items=False;"
-                                  " pre-train one with both, and transfer_weights from it")
+        raise NotImplementedError("MMSRec has no pre-training with one modality or deep_items=False"
+                                  "; pre-train one with both, and transfer_weights from it")
     views = [(True, False)] * 2 + [(False, True)] * 2 + [(False, False)] * 2  # hide text, image
     hidden, own = torch.tensor(views, device=ids.device), ids[process_index()::n_processes()]
     vectors = model.item_vectors(own.repeat(6), hidden.repeat_interleave(len(own), 0))
