@@ -1,4 +1,4 @@
-"""Know items by their texts alone: pre-train without IDs, then tune the adapter and leave the rest as it is.
+"""Know items by their texts alone: pre-train without item numbers, then tune the adapter and leave the rest as it is.
 
 Docs: https://mmseqrec.github.io/mmseqrec/models.unisrec.html.md"""
 
@@ -16,13 +16,12 @@ from ..blocks.augment import draw_item_drop, draw_word_drop, drop_items
 from ..blocks.contrastive import gather_rows, sequence_item_loss, sequence_sequence_loss
 from ..blocks.layers import (Centring, SequenceEncoder, WhiteningExperts, check_features,
                                     encode_ends, init_weights)
-from ..blocks.towers import (IDEmbedding, history_attention, look_up, next_item_terms,
+from ..blocks.towers import (IDEmbedding, history_attention, look_up, next_item_softmax,
                                     read_histories)
 from ..core import from_main
 from ..data.sequences import Batch
 from ..features.encoders import Catalogue
-from ..recommender import (Items, Recommender, asked_rows, check_pretraining,
-                                  released_quirks)
+from ..recommender import Items, Recommender, asked_rows, released_quirks
 
 # %% ../../nbs/51_models.unisrec.ipynb #text-items
 class TextItems(nn.Module):
@@ -107,11 +106,14 @@ def text_contrast(
     legacy: bool = False,  # false negatives add 1 to the denominators, as in the released code
 ) -> dict[str, Tensor]:  # `"sequence_item"` and `"sequence_sequence"`
     "Compute both tasks of UniSRec's pre-training (equations 5 and 6)."
-    there, item, how = ~missing_target_mask, own.sum() * 0, (temperature, False, legacy)
+    there, terms = ~missing_target_mask, {"sequence_item": own.sum() * 0}
     cosines = F.normalize(own[there], dim=-1) @ F.normalize(targets[there], dim=-1).T
-    if len(cosines): item = sequence_item_loss(cosines, pos_item[there], *how)
-    sequence = sequence_sequence_loss(own, other, pos_item, *how)
-    return {"sequence_item": item, "sequence_sequence": sequence}
+    if len(cosines):
+        terms["sequence_item"] = sequence_item_loss(cosines, pos_item[there], temperature,
+                                                    legacy_false_negatives=legacy)
+    terms["sequence_sequence"] = sequence_sequence_loss(own, other, pos_item, temperature,
+                                                        legacy_false_negatives=legacy)
+    return terms
 
 # %% ../../nbs/51_models.unisrec.ipynb #text-pretraining
 def text_pretraining(
@@ -126,6 +128,18 @@ def text_pretraining(
     terms = text_contrast(own, other, targets, missing, pos_item, model.temperature, legacy)
     loss = terms["sequence_item"] + model.sequence_weight * terms["sequence_sequence"]
     return {"loss": loss, **terms}
+
+# %% ../../nbs/51_models.unisrec.ipynb #check-pretraining
+def _check_pretraining(model):
+    "Raise an error if a UniSRec cannot be pre-trained with its catalogue."
+    if not model.has_pretraining:
+        raise NotImplementedError("UniSRec with learned item vectors has no pre-training; "
+                                  "pre-train UniSRec(transductive=False) and transfer_weights "
+                                  "from it")
+    if model.disturbance["word_drop_share"] > 0 and model.items.dropped_features is None:
+        raise ValueError("the catalogue has no sentences with words left out: encode them with "
+                         "build_catalogue(..., word_drop=0.15), or disturb by item drop alone "
+                         "with UniSRec(..., word_drop_share=0)")
 
 # %% ../../nbs/51_models.unisrec.ipynb #unisrec
 class UniSRec(Recommender):
@@ -200,13 +214,15 @@ class UniSRec(Recommender):
         self,
         batch: Batch,  # with `pos_item [T]`, the items that came next
     ) -> dict[str, Tensor]:  # `"loss"`
-        return next_item_terms(self, self.encoder, self.item_vectors, batch, cosine=True)
+        n_candidates, n_items = self.n_candidates if self.training else None, self.catalogue.n_items
+        return {"loss": next_item_softmax(self.encoder, self.item_vectors, batch, n_items,
+                                          self.temperature, n_candidates, cosine=True)}
 
     def pretrain_loss(
         self,
         batch: Batch,  # at most one row a user, with `pos_item [B]`
     ) -> dict[str, Tensor]:  # `"loss"`, `"sequence_item"` and `"sequence_sequence"`
-        check_pretraining(self, self.items.dropped_features)
+        _check_pretraining(self)
         return text_pretraining(self, batch)
 
     def attention(
