@@ -103,14 +103,15 @@ def list_metrics(
             "ndcg": (hits * discount).sum(1) / discount.cumsum(0)[reachable - 1]}
 
 # %% ../nbs/41_metrics.ipynb #metric-table
+_AT_K = {"recall": recall_at_k, "ndcg": ndcg_at_k}
+
 def metric_table(
     ranks: Tensor,  # `[T]` ranks, 1 is best
     ks: Sequence[int] = (5, 10, 20, 50),  # lengths of the list
 ) -> dict[str, float]:  # means: `"recall@5"`, `"ndcg@5"`, ..., `"mrr"`
     "Average Recall@k, NDCG@k and MRR over all queries. Raises `ValueError` where there are none."
     if len(ranks) == 0: raise ValueError("no ranks to average: the evaluated stage has no rows")
-    metrics = {"recall": recall_at_k, "ndcg": ndcg_at_k}
-    table = {f"{name}@{k}": metric(ranks, k) for k in ks for name, metric in metrics.items()}
+    table = {f"{name}@{k}": metric(ranks, k) for k in ks for name, metric in _AT_K.items()}
     return {name: values.mean().item() for name, values in {**table, "mrr": mrr(ranks)}.items()}
 
 # %% ../nbs/41_metrics.ipynb #lists

@@ -41,7 +41,7 @@ from ..evaluation import (history_groups, plot_slices, popularity_groups, slice_
 from ..experiments.run import SYSTEMS, Result, Run
 from ..features.encoders import Catalogue
 from ..features.keywords import STOP_WORDS, split_words
-from ..figures import COLORS, _axes, figure_to_png, plot_bars, set_style
+from ..figures import _STYLE, COLORS, _axes, figure_to_png, plot_bars
 from ..metrics import bootstrap_interval, paired_test
 from ..models.missrec import MISSRec
 from ..viz.embeddings import pca_2d, plot_map, plot_picture_map, umap_2d
@@ -340,13 +340,14 @@ def plot_validation(
     return _legend_below(ax)
 
 # %% ../../nbs/80_app.report.ipynb #pretraining-curves
-def _term_style(name):
-    "Choose colour and line of a loss term by its name, such as `nip_text` or `sequence_item`."
-    if name == "loss": return dict(color=COLORS["ink"], label="sum", linewidth=2)
-    kind, _, space = name.partition("_")
-    if kind not in ("nip", "cmcl"): return dict(label=name.replace("_", " to "))
-    return dict(color=COLORS.get(space, COLORS["both"]), label=f"{kind.upper()} {space}",
-                linestyle="--" if kind == "cmcl" else "-")
+_TERMS = {  # loss term -> its line
+    "loss": {"color": COLORS["ink"], "label": "sum", "linewidth": 2},
+    "nip_text": {"color": COLORS["text"], "label": "NIP text"},
+    "nip_image": {"color": COLORS["image"], "label": "NIP image"},
+    "cmcl_text": {"color": COLORS["text"], "label": "CMCL text", "linestyle": "--"},
+    "cmcl_image": {"color": COLORS["image"], "label": "CMCL image", "linestyle": "--"},
+    "cmcl": {"color": COLORS["both"], "label": "CMCL", "linestyle": "--"},
+}
 
 def plot_pretraining_terms(
     system: SystemSummary,  # a pre-trained one
@@ -357,7 +358,8 @@ def plot_pretraining_terms(
     history = system.results[0].pretraining
     for name in history.epochs[0]:
         if name in ("epoch", "seconds", history.metric): continue
-        ax.plot(*_curve(history, name), **_markers(history.epochs), **_term_style(name))
+        style = _TERMS.get(name, {"label": name.replace("_", " to ")})  # as in `sequence_item`
+        ax.plot(*_curve(history, name), **_markers(history.epochs), **style)
     ax.set_ylim(0, 1.04 * ax.get_ylim()[1])
     return _legend_below(ax, ncols=3)
 
@@ -416,9 +418,8 @@ def slices_section(
     systems: Sequence[SystemSummary],  # of one run
 ) -> dict:  # figures
     "Draw the metric by popularity of the item and by length of the history."
-    evaluation, counts = run.results[0].evaluation, run.data.split.item_counts()
-    groups = {"popularity": popularity_groups(evaluation, counts),
-              "history": history_groups(evaluation)}
+    first, counts = run.results[0].evaluation, run.data.split.item_counts()
+    groups = {"popularity": popularity_groups(first, counts), "history": history_groups(first)}
     return {by: embed_figure(plot_report_slices(systems, groups[by], by, run.config.metric))
             for by in SLICES}
 
@@ -452,11 +453,10 @@ def choose_examples(
 ) -> list[int]:  # rows of the evaluation, those with a hit first
     "Draw test events, half of them with the right item in some system's first ten, if possible."
     hit = np.min([system.results[0].evaluation.ranks for system in systems], axis=0) <= 10
-    rng, chosen = np.random.default_rng(derive_seed(seed, "examples")), []
-    for rows, wanted in ((np.flatnonzero(hit), (n + 1) // 2), (np.flatnonzero(~hit), n)):
-        chosen += rng.permutation(rows)[:min(wanted, n - len(chosen))].tolist()
-    rest = [row for row in rng.permutation(len(hit)).tolist() if row not in chosen]
-    return chosen + rest[:n - len(chosen)]
+    rng = np.random.default_rng(derive_seed(seed, "examples"))
+    chosen = rng.permutation(np.flatnonzero(hit))[:(n + 1) // 2].tolist()
+    chosen += rng.permutation(np.flatnonzero(~hit))[:n - len(chosen)].tolist()
+    return list(dict.fromkeys(chosen + rng.permutation(len(hit)).tolist()))[:n]
 
 # %% ../../nbs/80_app.report.ipynb #card
 def item_titles(
@@ -548,8 +548,7 @@ def first_pictures(
     items: ItemTable,  # aligned with the catalogue
 ) -> list[Path | None]:  # `[V + 1]` files; `None` where no image can be read
     "Choose each item's first image that can be read."
-    return [next((Path(file) for file in files if thumbnail(file, 8)), None)
-            for files in items.images]
+    return [next((Path(f) for f in files if thumbnail(f, 8)), None) for files in items.images]
 
 def interests_section(
     run: Run,
@@ -561,8 +560,7 @@ def interests_section(
     if interests is None or interests.of_item.shape[1] < 2: return None
     sheet = plot_interests(interests, first_pictures(run.data.items), title="")
     return {"figure": embed_figure(sheet, n_colors=96), "title": first.title,
-            "n_interests": interests.n_interests,
-            "n_tokens": int((interests.of_item > 0).sum())}
+            "n_interests": interests.n_interests, "n_tokens": int((interests.of_item > 0).sum())}
 
 # %% ../../nbs/80_app.report.ipynb #map-vectors
 def map_vectors(
@@ -604,11 +602,10 @@ def map_words(
 ) -> list[str]:  # `[N]` one of the chosen words, or `"other"`
     "Name groups of items by words whose items lie together."
     fit, has = shared_words(texts)
-    names = np.full(len(texts), "other", dtype=object)
+    names, least = np.full(len(texts), "other", dtype=object), max(2, .02 * len(texts))
     for _ in range(min(n_words, len(fit))):
         size = has.sum(0)
-        worth = ((has.T @ vectors) ** 2).sum(1) / size.clip(1)
-        worth = np.where(size >= max(2, .02 * len(texts)), worth, 0)
+        worth = ((has.T @ vectors) ** 2).sum(1) / size.clip(1) * (size >= least)
         if worth.max() <= 0: break
         rows = has[:, worth.argmax()] > 0
         names[rows], has[rows] = fit[worth.argmax()], 0
@@ -619,11 +616,10 @@ def item_map(
     run: Run,
 ) -> tuple[np.ndarray, list[str], list[str]]:  # `[V, 2]` points, `[V]` words, names of the two axes
     "Lay out the items as the encoders see them."
-    vectors = map_vectors(run.data.catalogue)
-    words = map_words(run.data.items.texts[1:], vectors)
-    if run.config.umap and len(vectors) >= 5:
-        return umap_2d(vectors), words, ["UMAP, axis 1", "axis 2"]
-    points, share = pca_2d(vectors)
+    x = map_vectors(run.data.catalogue)
+    words = map_words(run.data.items.texts[1:], x)
+    if run.config.umap and len(x) >= 5: return umap_2d(x), words, ["UMAP, axis 1", "axis 2"]
+    points, share = pca_2d(x)
     names = [f"PCA, axis {k} ({s:.0%} of the variance)" for k, s in enumerate(share, 1)]
     return points, words, names
 
@@ -709,8 +705,7 @@ def report_html(
     n_examples: int = 4,  # test events that are shown whole
 ) -> str:  # a complete HTML page
     "Write a finished run as one page."
-    with plt.rc_context():
-        set_style()
+    with plt.rc_context(_STYLE):
         sections = report_sections(run, system_summaries(run), command, n_examples)
         plt.close("all")
     shown = {name: part for name, part in sections.items() if part[1] is not None}

@@ -32,12 +32,12 @@ def plot_clusters(
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw tokens of two numbers, coloured by cluster."
-    ax = _axes(ax, title, "", "", figsize=(3.4, 3))
+    if ax is None: ax = plt.subplots(figsize=(3.4, 3))[1]
     colors = COLORS["id"] if cluster is None else plt.get_cmap("tab20")(np.asarray(cluster) % 20)
     ax.scatter(*np.asarray(tokens).T, c=colors, s=9, linewidths=0)
     if centers is not None:
         ax.scatter(*np.asarray(centers).T, c=COLORS["ink"], s=60, marker="x", linewidths=2)
-    ax.set(xticks=[], yticks=[], aspect="equal")
+    ax.set(title=title, xticks=[], yticks=[], aspect="equal")
     return ax
 
 # %% ../../nbs/34_blocks.interests.ipynb #count
@@ -77,8 +77,7 @@ def interest_sets(
 ) -> Tensor:  # `[B, Q]` int64: each row ascending, then zeros; Q is the longest, at least 1
     "Collect the interests of each history, each once."
     ids = of_item[item_seq].flatten(1).sort(1).values
-    is_again = F.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
-    ids = ids.masked_fill(is_again, 0)
+    ids = ids.masked_fill(F.pad(ids[:, 1:] == ids[:, :-1], (1, 0)), 0)  # each once
     ids = ids.gather(1, (ids == 0).byte().argsort(dim=1, stable=True))
     return ids[:, :max(int((ids > 0).sum(1).max()), 1)]
 
@@ -134,7 +133,7 @@ def _nearest(tokens, centers, block=None):
 
 # %% ../../nbs/34_blocks.interests.ipynb #finite
 def _check_finite(tokens, name, there=True):
-    "Raise `ValueError` if one of `tokens` `[..., D]` is there and not finite; `name` it by its row."
+    "Raise `ValueError` if one of the tokens `[..., D]` is there and not finite; `name` says which."
     largest = torch.linalg.vector_norm(tokens, torch.inf, dim=-1)  # in little memory
     if not len(wrong := (there & ~largest.isfinite()).nonzero()): return
     name = name.format(*wrong[0].tolist())
@@ -360,7 +359,7 @@ def discover_interests(
     there = _present(tokens, missing_modality_mask)
     rows = (there & _training_mask(training_items, there)).nonzero(as_tuple=True)
     n = len(rows[0])
-    if not n: raise ValueError("no training item has a token; give features or other training_items")
+    if not n: raise ValueError("no training item has a token; give features or other rows")
     centers, cluster = ways[method](tokens[rows], count_interests(n, ratio))
     vectors = F.pad(centers, (0, 0, 1, 0))
     of_item = assign_interests(tokens, missing_modality_mask, vectors)

@@ -295,7 +295,8 @@ def prepare_data(
                    notes=[shop.notes[0], *left_out, *shop.notes[1:]], seconds=seconds)
 
 # %% ../../nbs/60_experiments.run.ipynb #keywords
-_READS = {"": "", "content": "reads content", "text": "reads texts", "both": "reads texts and pictures",
+_READS = {"": "", "content": "reads content", "text": "reads texts",
+          "both": "reads texts and pictures",
           "keywords": "describes pictures in words"}
 
 def _lacking(need, catalogue, encoders):

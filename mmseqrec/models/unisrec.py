@@ -1,4 +1,4 @@
-"""Know items by their texts alone: pre-train without item numbers, then tune the adapter and leave the rest as it is.
+"""Know items by their texts alone: pre-train without IDs, then tune the adapter and leave the rest as it is.
 
 Docs: https://mmseqrec.github.io/mmseqrec/models.unisrec.html.md"""
 

@@ -91,13 +91,13 @@ def plot_picture_map(
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw images at their points, leaving out those that would overlap."
-    ax = _axes(ax, title, "", "", figsize=(7.2, 5))
+    if ax is None: ax = plt.subplots(figsize=(7.2, 5))[1]
     ax.scatter(*points.T, s=5, color=COLORS["neutral"], linewidths=0)
     for index in spread_out(points, distance):
         if (image := images[index]) is None: continue
         small = OffsetImage(open_image(image).resize((2 * pixels, 2 * pixels)), zoom=.5)
         ax.add_artist(AnnotationBbox(small, points[index], pad=.05, bboxprops=_FRAME))
-    ax.set(xticks=[], yticks=[], xmargin=.06, ymargin=.06)
+    ax.set(title=title, xticks=[], yticks=[], xmargin=.06, ymargin=.06)
     return ax
 
 # %% ../../nbs/44_viz.embeddings.ipynb #modality-gap
