@@ -344,8 +344,8 @@ def _read_keywords(config, systems, shop, store, left_out, **options):
 _LEFT_OUT = (
     "The k-core (users with at least {config.min_user} events, items with at least "
     "{config.min_item}) kept {kept.n_events:,} of {events.n_events:,} events.",
-    "{n:,} of {checked.n_checked:,} pictures could not be used, such as {checked.broken[0][1].name} "
-    "({checked.broken[0][2]}).",
+    "{n:,} of {checked.n_checked:,} pictures could not be used, such as "
+    "{checked.broken[0][1].name} ({checked.broken[0][2]}).",
     "{n:,} items of the events are not in the table of items, such as {checked.table.unknown[0]}.")
 
 def _data_notes(config, events, kept, checked):
