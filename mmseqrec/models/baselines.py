@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from ..blocks.augment import append_mask, cloze
 from ..blocks.layers import Dropout, SequenceEncoder, init_weights
 from ..blocks.losses import full_softmax_cross_entropy
-from ..blocks.towers import (ContentEmbedding, IDEmbedding, history_attention, next_item_terms,
-                                    read_histories, take_positions)
+from ..blocks.towers import (ContentEmbedding, IDEmbedding, history_attention,
+                                    next_item_terms, read_histories, take_positions)
 from ..core import check_shape
 from ..data.sequences import TRAIN, Batch, SequenceStore, expand_prefixes, flat_ranges
 from ..features.encoders import Catalogue
