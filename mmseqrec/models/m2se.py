@@ -1,4 +1,4 @@
-"""The Multimodal Mixup Sequence Encoder: one Transformer that reads a history twice, as texts and as pictures.
+"""The Multimodal Mixup Sequence Encoder: one Transformer that reads a history twice, as texts and as images.
 
 Docs: https://mmseqrec.github.io/mmseqrec/models.m2se.html.md"""
 

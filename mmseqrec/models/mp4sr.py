@@ -1,4 +1,4 @@
-"""Pre-train on histories read twice, as texts and as pictures; then fine-tune, with item numbers or without.
+"""Pre-train on histories read twice, as texts and as images; then fine-tune, with ID embeddings or without.
 
 Docs: https://mmseqrec.github.io/mmseqrec/models.mp4sr.html.md"""
 
