@@ -239,6 +239,24 @@ def test_cells_with_imports_stand_alone(page):
         unknown = {n.id for n in nodes if isinstance(n, ast.Name)} - known
         assert is_exported(cell) or not unknown, f"cell {cell['id']} imports, and uses {unknown}: import in a cell of its own"
 
+def decimals(text): return re.findall(r"(?<![\w.])\d*\.\d+(?![\w.])", text)
+
+@each_page
+def test_numbers_in_prose_come_from_a_cell(page):
+    "A decimal number of the text stands, rounded as there, in the page's code or output; formulas and code are exempt."
+    shown = []
+    for cell in code_cells(page):
+        data = [output.get("data", {}) for output in cell["outputs"]]
+        parts = [source(cell), *("".join(output.get("text", "")) for output in cell["outputs"])]
+        parts += ["".join(some.get(kind, "")) for some in data for kind in ("text/plain", "text/html")]
+        shown += [float(x.replace("_", "")) for part in parts for x in re.findall(r"\d[\d_]*\.?\d*|\.\d+", part)]
+    for cell in cells(page):
+        if cell["cell_type"] != "markdown": continue
+        plain = r"\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)|https?://\S+|arXiv[: ]\S+|sections? [\d.]+( and [\d.]+)?"
+        for number in decimals(re.sub(plain, "", source(cell), flags=re.S)):
+            digits = len(number.partition(".")[2])
+            assert any(abs(round(x, digits) - float(number)) < 1e-9 for x in shown), f"cell {cell['id']}: {number}"
+
 @each_page
 def test_links_between_pages_lead_somewhere(page):
     text = "\n".join(source(c) for c in cells(page) if c["cell_type"] == "markdown")
