@@ -130,9 +130,9 @@ def test_reference_mode_is_the_same_loss(folder, name):
 def test_reference_mode_pretrains_with_the_same_loss(folder):
     case = trainee(folder, "missrec_pretrain", reference=True)
     model, batch = case.model.eval(), prefix_batches(case.store, TRAIN, 16, 12)[0]
-    model.item_drop = model.word_drop_share = 0.
+    model.disturbance.update(item_drop=0., word_drop_share=0.)
     torch.testing.assert_close(reference_loss(model, batch, "pretrain")["loss"], model(batch, "pretrain")["loss"], rtol=1e-4, atol=1e-5)
-    model.item_drop = .5
+    model.disturbance["item_drop"] = .5
     assert reference_loss(model, batch, "pretrain")["loss"].isfinite()
 
 def test_reference_mode_computes_more(folder):

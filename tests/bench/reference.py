@@ -46,7 +46,7 @@ def reference_loss(
     "Compute the loss the slow way: each prefix padded to `max_len`, adapters on every position."
     h, diversity = _read_everywhere(model, _padded(batch, model.max_len))
     if phase == "pretrain":
-        short = drop_items(batch, draw_item_drop(batch.item_pad_mask, model.item_drop))
+        short = drop_items(batch, draw_item_drop(batch.item_pad_mask, model.disturbance["item_drop"]))
         other, diversity_of_other = _read_everywhere(model, _padded(short, model.max_len))
         scores = model.score(h, model.encode_items(batch.pos_item))
         loss = (sequence_item_loss(scores, batch.pos_item, model.temperature) + model.sequence_weight *
