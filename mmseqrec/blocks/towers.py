@@ -24,7 +24,7 @@ from ..features.encoders import Catalogue
 
 # %% ../../nbs/36_blocks.towers.ipynb #id-embedding
 class IDEmbedding(nn.Embedding):
-    "One trained vector for each item, which follows the catalogue (SASRec, section III-A)."
+    "One trained vector for each item, which follows the catalogue (SASRec, section III)."
     def __init__(
         self,
         n_items: int,  # V, items of the first catalogue; row 0 is padding

@@ -40,7 +40,7 @@ from ..recommender import (Items, Recommender, asked_rows, check_pretraining,
 
 # %% ../../nbs/55_models.missrec.ipynb #adapters
 class ItemAdapters(nn.Module):
-    "Map frozen features to tokens of size D, one matrix a modality (MISSRec, section 3.2)."
+    "Map frozen features to tokens of size D, one matrix a modality (MISSRec, adapters)."
     def __init__(
         self,
         text_size: int | None,  # numbers in a text feature; `None` ignores texts
@@ -185,7 +185,7 @@ def fused_score(
 
 # %% ../../nbs/55_models.missrec.ipynb #candidate-fusion
 class CandidateFusion(nn.Module):
-    "Score candidates by their streams and a learned kappa (MISSRec, section 3.4.2)."
+    "Score candidates by their streams and a learned kappa (MISSRec, dynamic fusion)."
     def __init__(
         self,
         kind: str = "shared",  # one kappa for all; `"per_item"`: one each; `"static"`: zero
@@ -227,7 +227,7 @@ class CandidateFusion(nn.Module):
 
 # %% ../../nbs/55_models.missrec.ipynb #interest-items
 class InterestItems(nn.Module):
-    "Items as tokens, and the interests that their tokens belong to (MISSRec, section 3.3)."
+    "Items as tokens, and the interests that their tokens belong to (MISSRec, interest discovery)."
     def __init__(
         self,
         text_size: int | None,  # numbers in a text feature; `None` ignores texts
@@ -417,7 +417,7 @@ def interest_finetuning(
     model: Recommender,  # a `MISSRec`
     batch: Batch,  # with `pos_item [T]`, the items that came next
 ) -> dict[str, Tensor]:  # `"loss"`, `"cross_entropy"`, `"diversity"`
-    "Compute the cross-entropy over the catalogue, and the likeness of interests (equation 12)."
+    "Compute the cross-entropy over the catalogue, and the likeness of interests."
     batch, n_drawn = expand_prefixes(batch, batch.positions), model.n_candidates
     if not model.training: n_drawn = None
     step = items_of_step(batch.item_seq, batch.pos_item, model.catalogue.n_items, n_drawn)
@@ -453,7 +453,7 @@ def disturbed_view(
     word_drop_share: float = 0.1,  # share of the steps with word drop in place of item drop
     aligned: bool = True,  # `False`: item drop leaves the images where they were (released code)
 ) -> tuple[Tensor, Tensor, HistoryView]:  # a table of tokens, its mask, the disturbed histories
-    "Draw the disturbance of a step (MISSRec, section 3.4.1)."
+    "Draw the disturbance of a step (MISSRec, pre-training)."
     view = view_histories(batch, items.interests, ids)
     if from_main(lambda: torch.rand(()).item()) < word_drop_share:
         place, adapters = view.place.clone(), items.adapters
@@ -481,7 +481,7 @@ def interest_pretraining(
     model: Recommender,  # a `MISSRec`
     batch: Batch,  # at most one row a user, with `pos_item [B]`
 ) -> dict[str, Tensor]:  # `"loss"`, `"sequence_item"`, `"sequence_sequence"`, `"diversity"`
-    "Compute MISSRec's contrastive loss (equation 11)."
+    "Compute MISSRec's contrastive loss."
     check_pretraining(model, model.items.adapters.dropped_text_features)
     ids = torch.cat([F.pad(batch.item_seq.flatten(), (1, 0)), batch.pos_item]).unique()
     tokens = model.items.adapters(ids)

@@ -70,7 +70,7 @@ def _draw_tokens(ax, x, title, position):
 
 # %% ../../nbs/54_models.mmsrec.ipynb #item-tokens
 class ItemTokens(ContentEmbedding):
-    "A token for each modality of an item, and a learned one for [MASK] (MMSRec, section 3.2)."
+    "A token for each modality of an item, and a learned one for [MASK] (MMSRec, input transforms)."
     def __init__(
         self,
         text_size: int | None,  # numbers in a text feature; `None` ignores texts

@@ -25,7 +25,7 @@ from ..recommender import Items, Recommender, asked_rows, released_quirks
 
 # %% ../../nbs/51_models.unisrec.ipynb #text-items
 class TextItems(nn.Module):
-    "Map the frozen text features of items by whitening experts (UniSRec, section 2.2)."
+    "Map the frozen text features of items by whitening experts (UniSRec, item representation)."
     def __init__(
         self,
         text_size: int,  # numbers in a text feature
@@ -80,7 +80,7 @@ def disturbed_texts(
     word_drop: float = 0.2,  # probability of each item to speak its shortened text
     word_drop_share: float = 0.1,  # share of steps with word drop instead of item drop
 ) -> tuple[Tensor, Tensor, Batch, Tensor]:  # inputs, disturbed, their batch, targets
-    """Map the items of histories and of a disturbed version of them (UniSRec, section 2.3.2).
+    """Map the items of histories and of a disturbed version of them (UniSRec, pre-training tasks).
 
     Returns inputs `[B, L, D]`, disturbed inputs `[B, L, D]` with their batch, targets `[B, D]`."""
     ids = torch.cat([batch.item_seq.flatten(), batch.pos_item]).unique()
@@ -105,7 +105,7 @@ def text_contrast(
     temperature: float = 0.07,  # tau
     legacy: bool = False,  # false negatives add 1 to the denominators, as in the released code
 ) -> dict[str, Tensor]:  # `"sequence_item"` and `"sequence_sequence"`
-    "Compute both tasks of UniSRec's pre-training (equations 5 and 6)."
+    "Compute both tasks of UniSRec's pre-training."
     there, terms = ~missing_target_mask, {"sequence_item": own.sum() * 0}
     cosines = F.normalize(own[there], dim=-1) @ F.normalize(targets[there], dim=-1).T
     if len(cosines):
