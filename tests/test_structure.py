@@ -99,7 +99,7 @@ def test_imported_sees_every_form():
 
 @each_module
 def test_modules_import_neither_nbdev_nor_what_is_not_required(path):
-    packages = {"pillow": "PIL", "umap-learn": "umap"}
+    packages = {"pillow": "PIL", "umap-learn": "umap", "scikit-learn": "sklearn"}
     allowed = {packages.get(name, name) for name in (re.split("[<>=]", r)[0] for r in SETTINGS["requirements"].split())}
     allowed |= {"mmseqrec", "tokenizers", "IPython"} | set(sys.stdlib_module_names)
     for node in ast.walk(tree(path)):
