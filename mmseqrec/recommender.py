@@ -11,7 +11,6 @@ __all__ = ['FOLLOWING_SIZES', 'Items', 'Recommender', 'asked_rows', 'follow_cata
 
 # %% ../nbs/40_recommender.ipynb #imports
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -13,9 +13,13 @@ from transformers import AutoModel, AutoTokenizer, CLIPModel
 from mmseqrec.artifacts import artifact_path, read_json
 from mmseqrec.data.synthetic import make_caption_corpus
 from mmseqrec.features.clip import (HELD_OUT, RECIPE, TINY, attribute_accuracy, caption_words, clip_loss, embed_images,
-                                    embed_texts, load_clip, load_shipped_clip, make_clip, measure_clip, plot_similarity,
-                                    plot_training, plot_word_scores, quiet_transformers, retrieval_recall, save_clip,
-                                    text_features, train_clip, train_shipped_clip, train_tokenizer, word_loss)
+                                    embed_texts, load_clip, load_shipped_clip, make_clip, measure_clip,
+                                    quiet_transformers, retrieval_recall, save_clip, text_features, train_clip,
+                                    train_shipped_clip, train_tokenizer, word_loss)
+from pages import page_functions
+
+of_page = page_functions("features.clip")
+plot_similarity, plot_training, plot_word_scores = of_page.plot_similarity, of_page.plot_training, of_page.plot_word_scores
 
 
 @pytest.fixture(scope="session")

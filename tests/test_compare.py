@@ -8,14 +8,17 @@ from scipy import stats
 
 import mmseqrec.experiments.compare as compare
 from mmseqrec.artifacts import artifact_path, fingerprint, read_json
-from mmseqrec.experiments.compare import (COMPARED, COMPARISONS, KEPT_METRICS, asked_pairs, comparison_table, outdated,
-                              paired_over_seeds, plain_answer, plot_comparison, plot_costs, plot_differences, run_grid,
-                              run_tiny, seed_first_jobs, store_comparison, stored_grid, tiny_config, train_part,
-                              under_twice_popularity)
+from mmseqrec.experiments.compare import (COMPARED, COMPARISONS, KEPT_METRICS, asked_pairs, outdated, paired_over_seeds,
+                                          plot_differences, run_grid, run_tiny, seed_first_jobs, store_comparison,
+                                          stored_grid, tiny_config, train_part)
 from mmseqrec.config import ALL
 from mmseqrec.experiments.run import SYSTEMS, RunData, difference, run_system
 from small_shop import quick_config
 from small_world import make_catalogue, make_store
+from pages import page_functions
+
+of_page = page_functions("experiments.compare")
+comparison_table, plain_answer, plot_comparison, plot_costs, under_twice_popularity = of_page.comparison_table, of_page.plain_answer, of_page.plot_comparison, of_page.plot_costs, of_page.under_twice_popularity
 
 QUICK = quick_config({}, "shipped", epochs=1, pretrain_epochs=1, seeds=(0, 1),
                      systems=("popularity", "markov", "sasrec", "missrec_scratch", "missrec"))

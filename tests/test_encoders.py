@@ -18,8 +18,11 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPConfig, C
 from mmseqrec.data.items import ItemTable, open_image
 from mmseqrec.features.clip import IMAGE_SETTINGS, preprocess_images, quiet_transformers, train_tokenizer
 from mmseqrec.features.encoders import (Catalogue, TextEncoder, build_catalogue, catalogue_from_arrays, drop_words,
-                                        encode_table, load_image_encoder, load_text_encoder, mean_pooling, nearest_items,
-                                        plan_chunks, plot_coverage, resolve_encoders)
+                                        encode_table, load_image_encoder, load_text_encoder, mean_pooling,
+                                        nearest_items, plan_chunks, resolve_encoders)
+from pages import page_functions
+
+plot_coverage = page_functions("features.encoders").plot_coverage
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
 SENTENCES = [f"a {size} {color} {thing}, number {number}" for size in ("small", "big") for color in ("red", "blue", "green")

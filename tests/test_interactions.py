@@ -13,9 +13,12 @@ import pytest
 from mmseqrec.data.interactions import (TEST, TRAIN, VALID, Interactions, Split, check_disjoint, combine_domains,
                                         drop_duplicates, encode_tokens, future_leakage, global_time_split,
                                         hold_out_items, interaction_statistics, k_core, leave_one_out, load_split,
-                                        make_interactions, parse_times, plot_future_leakage, plot_history_lengths,
-                                        plot_long_tail, plot_split_timeline, read_interactions, read_table, save_split,
-                                        select_events)
+                                        make_interactions, parse_times, plot_history_lengths, plot_long_tail,
+                                        read_interactions, read_table, save_split, select_events)
+from pages import page_functions
+
+of_page = page_functions("data.interactions")
+plot_future_leakage, plot_split_timeline = of_page.plot_future_leakage, of_page.plot_split_timeline
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here")

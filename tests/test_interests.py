@@ -11,9 +11,14 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch.overrides import TorchFunctionMode
 
 from mmseqrec.blocks import interests
-from mmseqrec.blocks.interests import (Interests, InterestTables, _distinct, _draw_centers, _fill_empty, _mean_of_clusters, _nearest, _nearest_again,
-                                assign_interests, cluster_dpc_knn, cluster_kmeans, count_interests, density_peaks,
-                                discover_interests, interest_sets, plot_clusters, plot_decision_graph, plot_interests)
+from mmseqrec.blocks.interests import (Interests, InterestTables, _distinct, _draw_centers, _fill_empty,
+                                       _mean_of_clusters, _nearest, _nearest_again, assign_interests, cluster_dpc_knn,
+                                       cluster_kmeans, count_interests, density_peaks, discover_interests,
+                                       interest_sets, plot_interests)
+from pages import page_functions
+
+of_page = page_functions("blocks.interests")
+plot_clusters, plot_decision_graph = of_page.plot_clusters, of_page.plot_decision_graph
 
 METHODS = {"kmeans": cluster_kmeans, "dpc_knn": cluster_dpc_knn}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -18,10 +18,14 @@ from mmseqrec.data.synthetic import VISIBLE, WORDS, make_marketplace
 from mmseqrec.features.clip import IMAGE_SETTINGS, quiet_transformers, train_tokenizer
 from mmseqrec.features.encoders import (TextEncoder, build_catalogue, catalogue_from_arrays, load_catalogue,
                                         load_image_encoder, load_text_encoder, save_catalogue)
-from mmseqrec.features.keywords import (EVERYDAY_WORDS, STOP_WORDS, Keywords, keyword_catalogue, keyword_quality,
-                                        keyword_vocabulary, load_word_encoder, plot_keyword_quality, plot_keywords,
-                                        split_words, top_words, value_words, word_levels, word_similarity)
+from mmseqrec.features.keywords import (EVERYDAY_WORDS, STOP_WORDS, Keywords, keyword_catalogue, keyword_vocabulary,
+                                        load_word_encoder, plot_keywords, split_words, top_words, word_levels,
+                                        word_similarity)
 from mmseqrec.figures import COLORS
+from pages import page_functions
+
+of_page = page_functions("features.keywords")
+keyword_quality, plot_keyword_quality, value_words = of_page.keyword_quality, of_page.plot_keyword_quality, of_page.value_words
 
 COLOURS, THINGS = ("red", "blue", "green", "yellow"), ("mug", "kite", "sock", "drum", "jar", "hat")
 TEXTS = [[], *([f"A {color} {thing}.", f"This {thing} comes in {color}."] for color in COLOURS for thing in THINGS)]

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 import mmseqrec.metrics as m
+from pages import page_functions
+
+page = page_functions("metrics")
 
 CLOSE = dict(rtol=0, atol=1e-9)
 
@@ -71,7 +74,7 @@ def test_nan_and_bad_arguments_are_errors():
     with pytest.raises(ValueError, match="ties_rule must be one of mean, best, worst, got 'random'"):
         m.rank_of_target(good, torch.tensor([0, 0]), "random")
     with pytest.raises(ValueError, match=r"axis 0 \(T\)"): m.count_better(good, torch.zeros(3))
-    with pytest.raises(ValueError, match="no ranks"): m.metric_table(torch.zeros(0))
+    with pytest.raises(ValueError, match="no ranks"): page.metric_table(torch.zeros(0))
     with pytest.raises(ValueError, match="no values"): m.bootstrap_interval([])
     with pytest.raises(ValueError, match="got 3 and 4"): m.paired_test(np.zeros(3), np.zeros(4))
 
@@ -112,7 +115,7 @@ def test_list_metrics_equal_loops(seed):
     ranked = [rng.permutation(20).tolist() for _ in range(4)]
     relevant = [rng.choice(20, n_relevant, replace=False).tolist() for _ in range(4)]
     hits = torch.tensor([[item in wanted for item in items[:k]] for items, wanted in zip(ranked, relevant)])
-    values = m.list_metrics(hits, torch.full((4,), n_relevant))
+    values = page.list_metrics(hits, torch.full((4,), n_relevant))
     for row in range(4):
         for name, expected in slow_list_metrics(ranked[row], relevant[row], k).items():
             assert values[name][row].item() == pytest.approx(expected, abs=1e-12), name
@@ -120,19 +123,19 @@ def test_list_metrics_equal_loops(seed):
 
 def test_metric_table():
     ranks = torch.tensor([1., 4., 10.5, 60.])
-    table = m.metric_table(ranks)
+    table = page.metric_table(ranks)
     assert list(table) == ["recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@20", "ndcg@20", "recall@50", "ndcg@50",
                            "mrr"]
     assert table["recall@10"] == .5 and table["recall@20"] == .75
     assert table["ndcg@20"] == pytest.approx((1 + 1 / math.log2(5) + 1 / math.log2(11.5)) / 4, abs=1e-12)
     assert table["mrr"] == pytest.approx((1 + 1 / 4 + 1 / 10.5 + 1 / 60) / 4, abs=1e-12)
-    assert m.metric_table(torch.tensor([1, 2])) == m.metric_table(torch.tensor([1., 2.], dtype=torch.float64))
+    assert page.metric_table(torch.tensor([1, 2])) == page.metric_table(torch.tensor([1., 2.], dtype=torch.float64))
 
 
 def test_float32_ranks_lose_nothing():
     "A million ranks of one third each: a float32 sum would be off in the fourth digit."
     ranks = torch.full((1_000_000,), 3)
-    assert m.metric_table(ranks)["mrr"] == pytest.approx(1 / 3, abs=1e-12)
+    assert page.metric_table(ranks)["mrr"] == pytest.approx(1 / 3, abs=1e-12)
 
 
 def test_coverage_and_novelty():
@@ -217,7 +220,7 @@ def test_expected_sampled_recall_equals_scipy(n_items, n_negatives, k, replaceme
     ranks = np.arange(1, n_items + 1)
     if replacement: expected = stats.binom.cdf(k - 1, n_negatives, (ranks - 1) / (n_items - 1))
     else: expected = stats.hypergeom.cdf(k - 1, n_items - 1, ranks - 1, n_negatives)
-    values = m.expected_sampled_recall(torch.from_numpy(ranks), n_items, n_negatives, k, replacement)
+    values = page.expected_sampled_recall(torch.from_numpy(ranks), n_items, n_negatives, k, replacement)
     np.testing.assert_allclose(values.numpy(), expected, rtol=0, atol=1e-9)
     assert values[0].item() == pytest.approx(1, abs=1e-9) and (values.diff() <= 1e-9).all()
 
@@ -227,23 +230,23 @@ def test_expected_sampled_recall_by_counting_samples():
     samples = list(itertools.combinations([True, True, False, False, False], 3))
     for k in (1, 2, 3):
         expected = np.mean([sum(sample) <= k - 1 for sample in samples])
-        assert m.expected_sampled_recall(torch.tensor([3]), 6, 3, k).item() == pytest.approx(expected, abs=1e-12)
+        assert page.expected_sampled_recall(torch.tensor([3]), 6, 3, k).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_all_negatives_give_the_true_recall():
     ranks = torch.arange(1, 201)
-    torch.testing.assert_close(m.expected_sampled_recall(ranks, 200, 199), m.recall_at_k(ranks, 10), **CLOSE)
+    torch.testing.assert_close(page.expected_sampled_recall(ranks, 200, 199), m.recall_at_k(ranks, 10), **CLOSE)
     with pytest.raises(ValueError, match="cannot draw 200 different negatives from 199"):
-        m.expected_sampled_recall(ranks, 200, 200)
+        page.expected_sampled_recall(ranks, 200, 200)
     with pytest.raises(ValueError, match=r"whole numbers in 1..200"):
-        m.expected_sampled_recall(torch.tensor([1.5]), 200, 20)
+        page.expected_sampled_recall(torch.tensor([1.5]), 200, 20)
 
 
 def test_figures():
     import matplotlib.pyplot as plt
     ranks = torch.randint(1, 101, (50,), generator=torch.Generator().manual_seed(0))
-    assert len(m.plot_gains().lines) == 3
-    assert len(m.plot_sampled_recall(100, (20,)).lines) == 2
-    assert len(m.plot_sampled_models({"a": ranks, "b": ranks}, 100).lines) == 2
-    assert len(m.plot_intervals({"a": ranks, "b": ranks}).lines) == 4
+    assert len(page.plot_gains().lines) == 3
+    assert len(page.plot_sampled_recall(100, (20,)).lines) == 2
+    assert len(page.plot_sampled_models({"a": ranks, "b": ranks}, 100).lines) == 2
+    assert len(page.plot_intervals({"a": ranks, "b": ranks}).lines) == 4
     plt.close("all")

@@ -15,13 +15,16 @@ from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import SequenceStore, collate, evaluation_batches, position_batches
 from mmseqrec.features.encoders import catalogue_from_arrays
-from mmseqrec.models.mmsrec import (ItemTokens, MaxFusion, MMSRec, TokenEncoder, draw_candidates, max_present, pair_pretraining, pair_store,
-                                    per_item_attention, places_from_end, plot_towers)
+from mmseqrec.models.mmsrec import (ItemTokens, MaxFusion, MMSRec, TokenEncoder, draw_candidates, max_present,
+                                    pair_pretraining, pair_store, per_item_attention, places_from_end)
 from mmseqrec.recommender import transfer_weights
 from mmseqrec.training import fit, training_batches
 from slow_streams import dot, gelu, layer_norm, numbers, softmax, unit, within
 from small_world import (IMAGE_SIZE, NO_IMAGE, NO_TEXT, NOTHING, SIZES, TEXT_SIZE, V, build, make_catalogue, make_store,
                          ring_store, same, weights)
+from pages import page_functions
+
+plot_towers = page_functions("models.mmsrec").plot_towers
 
 CLOSE = dict(rtol=0, atol=1e-9)
 TAU, MASK = .05, V + 1

@@ -7,8 +7,10 @@ import pytest
 import mmseqrec.experiments.compare as compare
 from mmseqrec.artifacts import artifact_path, fingerprint, read_json
 from mmseqrec.experiments.compare import outdated, paired_over_seeds, run_tiny
-from mmseqrec.experiments.pretraining import (GRID, MOVIES, QUESTIONS, SWITCHES, TINY_GRID, grid_jobs, plot_curves,
-                                        store_answers)
+from mmseqrec.experiments.pretraining import GRID, MOVIES, QUESTIONS, SWITCHES, TINY_GRID, grid_jobs, store_answers
+from pages import page_functions
+
+plot_curves = page_functions("experiments.pretraining").plot_curves
 
 CONFIGS = {"marketplace": GRID, "ml1m": MOVIES}
 

@@ -7,8 +7,12 @@ import torch
 
 from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import (Batch, SequenceStore, best_cuts, collate, evaluation_batches, expand_prefixes,
-                                     flat_ranges, length_chunks, pad_gather, padding_share, plot_batch, plot_padding,
-                                     position_batches, prefix_batches, training_windows)
+                                     flat_ranges, length_chunks, pad_gather, position_batches, prefix_batches,
+                                     training_windows)
+from pages import page_functions
+
+of_page = page_functions("data.sequences")
+padding_share, plot_batch, plot_padding = of_page.padding_share, of_page.plot_batch, of_page.plot_padding
 
 
 def make_store(seed, n_users=30, longest=40, n_items=50):

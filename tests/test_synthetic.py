@@ -10,9 +10,12 @@ import pytest
 from PIL import Image
 
 from mmseqrec.data import synthetic
-from mmseqrec.data.synthetic import (BRANDS, HIDDEN, KINDS, PATTERNS, VIEWS, VISIBLE, WORDS, Behaviour, attribute_values,
-                                     dataset_statistics, draw_item, gini, in_caption_corpus, make_caption_corpus,
-                                     make_marketplace, perfect_features, real_statistics, say, simple_features)
+from mmseqrec.data.synthetic import (BRANDS, HIDDEN, KINDS, PATTERNS, VIEWS, VISIBLE, WORDS, Behaviour,
+                                     attribute_values, dataset_statistics, draw_item, gini, in_caption_corpus,
+                                     make_caption_corpus, make_marketplace, perfect_features, real_statistics, say)
+from pages import page_functions
+
+simple_features = page_functions("data.synthetic").simple_features
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 DOMAINS = tuple(KINDS)

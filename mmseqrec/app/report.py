@@ -38,11 +38,12 @@ from ..data.items import ItemTable, open_image
 from ..data.sequences import TEST
 from ..evaluation import (history_groups, plot_slices, popularity_groups, slice_table,
                                  user_means)
-from ..experiments.run import SYSTEMS, Result, Run
+from ..experiments.run import (SYSTEMS, Result, Run, seeds_of_systems,
+                                      summary_of_seeds)
 from ..features.encoders import Catalogue
 from ..features.keywords import STOP_WORDS, split_words
 from ..figures import _STYLE, COLORS, _axes, figure_to_png, plot_bars
-from ..metrics import bootstrap_interval, paired_test
+from ..metrics import paired_test
 from ..models.missrec import MISSRec
 from ..viz.embeddings import pca_2d, plot_map, plot_picture_map, umap_2d
 
@@ -152,19 +153,14 @@ class SystemSummary:
         metric: str,  # such as `"ndcg@10"`
     ) -> dict[str, float | None]:  # `"value"`, `"low"`, `"high"` (95 %, users), `"spread"` (seeds)
         "Average a metric, with both kinds of uncertainty; the spread of one seed is `None`."
-        by_user = self.user_values(metric)
-        low, high = bootstrap_interval(by_user)
-        seeds = [user_means(r.evaluation.values(metric), self.user).mean() for r in self.results]
-        return {"value": float(by_user.mean()), "low": low, "high": high,
-                "spread": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None}
+        return summary_of_seeds(self.results, metric)
 
 # %% ../../nbs/80_app.report.ipynb #system-summaries
 def system_summaries(
     run: Run,
 ) -> list[SystemSummary]:  # in the order of the configuration
     "Collect the seeds of each system."
-    names = dict.fromkeys(result.system for result in run.results)
-    return [SystemSummary([r for r in run.results if r.system == name]) for name in names]
+    return list(map(SystemSummary, seeds_of_systems(run.results).values()))
 
 # %% ../../nbs/80_app.report.ipynb #baseline
 def best_baseline(

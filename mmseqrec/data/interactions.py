@@ -7,9 +7,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/data.interactions.html.md"""
 # %% auto #0
 __all__ = ['TRAIN', 'VALID', 'TEST', 'Interactions', 'encode_tokens', 'make_interactions', 'select_events', 'drop_duplicates',
            'k_core', 'interaction_statistics', 'plot_history_lengths', 'plot_long_tail', 'Split', 'leave_one_out',
-           'global_time_split', 'plot_split_timeline', 'future_leakage', 'plot_future_leakage', 'hold_out_items',
-           'check_disjoint', 'combine_domains', 'save_split', 'load_split', 'Table', 'read_table', 'parse_times',
-           'read_interactions']
+           'global_time_split', 'future_leakage', 'hold_out_items', 'check_disjoint', 'combine_domains', 'save_split',
+           'load_split', 'Table', 'read_table', 'parse_times', 'read_interactions']
 
 # %% ../../nbs/11_data.interactions.ipynb #imports
 import codecs
@@ -24,13 +23,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import compress, cycle, islice
+from itertools import compress, islice
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
-from matplotlib.ticker import PercentFormatter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -281,31 +279,6 @@ def _as_time(value, interactions):
     if last < 1e11: return number
     raise ValueError(f"times up to {last} are not seconds: give {value!r} in their unit")
 
-# %% ../../nbs/11_data.interactions.ipynb #plot-split-timeline
-def plot_split_timeline(
-    split: Split,  # the events and their stages
-    n_users: int = 30,  # users drawn, chosen at random
-    seed: int = 0,  # of the choice
-    title: str = "",
-    ax: plt.Axes | None = None,  # where to draw; new axes by default
-) -> plt.Axes:
-    "Draw the events of some users along time, coloured by stage, early users at the bottom."
-    events, time = split.interactions, split.interactions.time
-    rng = np.random.default_rng(derive_seed(seed, "timeline"))
-    chosen = rng.choice(events.n_users, min(n_users, events.n_users), replace=False)
-    chosen = chosen[np.argsort(time[events.offsets[chosen]], kind="stable")]
-    row = np.full(events.n_users, -1)
-    row[chosen] = np.arange(len(chosen))
-    if 1e8 < time.min() and time.max() < 1e11: time = time.astype("datetime64[s]")  # since 1970
-    ax = _axes(ax, title, "time", "user", figsize=(6.4, 3))
-    for stage, (name, color) in _STAGES.items():
-        shown = (split.stage == stage) & (row[events.user] >= 0)
-        ax.scatter(time[shown], row[events.user[shown]], s=9, lw=0, color=COLORS[color], label=name)
-    ax.set_yticks([])
-    ax.tick_params(axis="x", labelrotation=20)
-    ax.legend(loc="center left", bbox_to_anchor=(1, .5), markerscale=2)
-    return ax
-
 # %% ../../nbs/11_data.interactions.ipynb #future-leakage
 def future_leakage(
     split: Split,  # any split
@@ -314,25 +287,6 @@ def future_leakage(
     times = split.interactions.time
     train = np.sort(times[split.stage == TRAIN])
     return 1 - np.searchsorted(train, times[split.stage == TEST], side="right") / max(len(train), 1)
-
-# %% ../../nbs/11_data.interactions.ipynb #plot-future-leakage
-def plot_future_leakage(
-    splits: Mapping[str, Split],  # name -> split with test events
-    ax: plt.Axes | None = None,  # where to draw; new axes by default
-) -> plt.Axes:
-    "Draw the share of training events later than each test event, a line for each split."
-    ax = _axes(ax, "How much training data comes from after the question?",
-               "test events, sorted (share)", "later training events", figsize=(6.4, 2.8))
-    colors = cycle(COLORS[name] for name in ("accent", "text", "both", "image", "id"))
-    for (name, split), color in zip(splits.items(), colors):
-        leaks = np.sort(future_leakage(split))
-        x = (np.arange(len(leaks)) + .5) / len(leaks)
-        ax.plot(x, leaks, color=color, label=f"{name} (mean {leaks.mean():.0%})", clip_on=False)
-        ax.fill_between(x, leaks, color=color, alpha=.15, linewidth=0)
-    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.set(xlim=(0, 1), ylim=(0, 1))
-    ax.legend(loc="upper left")
-    return ax
 
 # %% ../../nbs/11_data.interactions.ipynb #choose-cold
 def _choose_cold(events, share, seed, items):

@@ -6,24 +6,19 @@ Docs: https://mmseqrec.github.io/mmseqrec/data.sequences.html.md"""
 
 # %% auto #0
 __all__ = ['SequenceStore', 'Batch', 'collate', 'expand_prefixes', 'flat_ranges', 'pad_gather', 'Batches', 'prefix_batches',
-           'training_windows', 'position_batches', 'plot_batch', 'evaluation_batches', 'best_cuts', 'length_chunks',
-           'padding_share', 'plot_padding']
+           'training_windows', 'position_batches', 'evaluation_batches', 'best_cuts', 'length_chunks']
 
 # %% ../../nbs/14_data.sequences.ipynb #imports
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.colors import ListedColormap
-from matplotlib.patches import Patch
 from torch import Tensor
 
 from ..core import derive_seed
 from .interactions import TEST, TRAIN, VALID
-from ..figures import COLORS, _axes, plot_bars
 
 # %% ../../nbs/14_data.sequences.ipynb #check-store
 def _check_store(item, offsets, stage, V):
@@ -136,10 +131,6 @@ class Batch:
     ) -> "Batch":
         "Copy the tensors to a device."
         return self._map(lambda value: value.to(device, non_blocking=True))
-
-    def pin(self) -> "Batch":
-        "Copy the tensors to page-locked memory, from which a GPU reads faster."
-        return self._map(Tensor.pin_memory)
 
 # %% ../../nbs/14_data.sequences.ipynb #collate
 def collate(
@@ -323,29 +314,6 @@ def position_batches(
     groups = [groups[place] for place in rng.permutation(len(groups))]
     return Batches(groups, partial(_batch_of_windows, store, windows))
 
-# %% ../../nbs/14_data.sequences.ipynb #plot-batch
-_CELLS = {"padding": "#eceff3", "item": COLORS["neutral"],
-          "item, target asked after it": COLORS["accent"]}
-
-def plot_batch(
-    batch: Batch,
-    title: str = "",
-    ax: plt.Axes | None = None,  # where to draw; new axes by default
-) -> plt.Axes:
-    "Draw a batch: items, padding, and the positions after which a target is asked."
-    ax = _axes(ax, title, "position", "row", figsize=(5, 3))
-    kind = (~batch.item_pad_mask).int().cpu()
-    kind.view(-1)[batch.query_index().cpu()] = 2
-    rows, columns = map(np.arange, kind.shape)
-    look = {"cmap": ListedColormap(list(_CELLS.values())), "edgecolors": "white", "linewidth": .6}
-    ax.pcolormesh(columns, rows, kind.numpy(), shading="nearest", vmin=0, vmax=2, **look)
-    ax.invert_yaxis()
-    for axis in (ax.xaxis, ax.yaxis): axis.get_major_locator().set_params(integer=True)
-    ax.grid(False)
-    handles = [Patch(color=color, label=name) for name, color in _CELLS.items()]
-    ax.legend(handles=handles, loc="upper right", fontsize=8, frameon=True, framealpha=1)
-    return ax
-
 # %% ../../nbs/14_data.sequences.ipynb #evaluation-batches
 def evaluation_batches(
     store: SequenceStore,
@@ -392,34 +360,3 @@ def length_chunks(
         piece.item_seq = piece.item_seq[:, :int(piece.item_seq_len.max())]
         pieces.append((rows, piece))
     return pieces
-
-# %% ../../nbs/14_data.sequences.ipynb #padding-share
-def padding_share(
-    batches: Iterable[Batch],  # an epoch
-    width: int | None = None,  # pad every batch to this many positions; None: its own longest row
-) -> float:  # 0..1, the share of cells that are padding
-    "Measure how much of what is computed is padding."
-    shapes = np.array([(len(b), b.item_seq.shape[1], int(b.item_seq_len.sum())) for b in batches])
-    rows, columns, items = shapes.T
-    return 1 - items.sum() / (rows * (columns if width is None else width)).sum()
-
-# %% ../../nbs/14_data.sequences.ipynb #plot-padding
-def plot_padding(
-    store: SequenceStore,
-    batch_size: int = 256,  # targets in a batch
-    max_len: int = 50,  # most items in a history
-) -> plt.Figure:
-    "Compare four ways of batching the same training targets by padding and by cells per target."
-    random = prefix_batches(store, TRAIN, batch_size, max_len, bucketed=False)
-    ways = {"padded to max_len": (random, max_len), "trimmed": (random, None),
-            "bucketed": (prefix_batches(store, TRAIN, batch_size, max_len), None),
-            "windows": (position_batches(store, batch_size, max_len), None)}
-    shares = {name: 100 * padding_share(*way) for name, way in ways.items()}
-    n_targets = len(store.rows(TRAIN))
-    cells = {name: sum(len(b) * (width or b.item_seq.shape[1]) for b in batches) / n_targets
-             for name, (batches, width) in ways.items()}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    look = {"colors": dict.fromkeys(["bucketed", "windows"], COLORS["accent"]), "digits": 1}
-    plot_bars(shares, title="padding, % of all cells", ax=axes[0], **look)
-    plot_bars(cells, title="cells computed per target", ax=axes[1], **look)
-    return figure

@@ -8,13 +8,11 @@ Docs: https://mmseqrec.github.io/mmseqrec/data.synthetic.html.md"""
 __all__ = ['COLOURS', 'PATTERNS', 'SIZES', 'MOTIFS', 'KINDS', 'MATERIALS', 'OCCASIONS', 'CARES', 'BRANDS', 'VISIBLE', 'HIDDEN',
            'VIEWS', 'WORDS', 'attribute_values', 'draw_item', 'in_caption_corpus', 'say', 'caption',
            'make_caption_corpus', 'plant_interests', 'write_listing', 'Behaviour', 'Truth', 'Marketplace',
-           'make_marketplace', 'plot_items', 'plot_popularity', 'plot_history', 'gini', 'dataset_statistics',
-           'simple_features', 'perfect_features', 'real_statistics']
+           'make_marketplace', 'plot_items', 'gini', 'dataset_statistics', 'perfect_features', 'real_statistics']
 
 # %% ../../nbs/10_data.synthetic.ipynb #imports
 import re
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -28,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..artifacts import artifact_path, atomic_folder, read_json
 from ..core import derive_seed
-from ..figures import COLORS, plot_images, plot_lines
+from ..figures import plot_images
 
 # %% ../../nbs/10_data.synthetic.ipynb #attribute-values
 COLOURS = {"red": (208, 43, 46), "orange": (240, 132, 32), "yellow": (247, 209, 60),
@@ -955,41 +953,6 @@ def plot_items(
     titles = ["\n".join(two[:2]) + (" …" if len(two) > 2 else "") for two in lines]
     return plot_images(images, titles, n_cols, size)
 
-# %% ../../nbs/10_data.synthetic.ipynb #plot-popularity
-def plot_popularity(
-    interactions: pl.DataFrame,  # item_id; the part before "-" is the domain
-    ax: plt.Axes | None = None,  # where to draw; new axes by default
-) -> plt.Axes:
-    "Draw how often each item was taken, most popular first, one line a domain."
-    counts = interactions.group_by("item_id").len().sort("len", descending=True)
-    domain = counts["item_id"].str.split("-").list.first()
-    lines = {name: counts.filter(domain == name)["len"] for name in domain.unique().sort()}
-    ax = plot_lines(lines, title="Popularity has a long tail",
-                    xlabel="items, most popular first", ylabel="events", ax=ax)
-    ax.set(xscale="log", yscale="log")
-    return ax
-
-# %% ../../nbs/10_data.synthetic.ipynb #plot-history
-_FRAMES = [COLORS[name] for name in ("text", "image", "both", "accent", "id", "ink")]
-
-def plot_history(
-    market: Marketplace,  # where the user shops
-    user_id: str,  # such as `"toys-u0042"`
-    n: int = 16,  # most events to show, the first ones
-) -> plt.Figure:
-    "Show a user's items in order: frames by planted interest, words by reason and session."
-    rows = pl.concat([market.interactions, market.truth.events], how="horizontal")
-    rows = rows.filter(pl.col("user_id") == user_id).head(n)
-    if not len(rows):
-        raise KeyError(f"no user {user_id!r} here: take one from the interactions' user_id column")
-    held = rows["interest"].unique(maintain_order=True).to_list()
-    files = dict(zip(market.items["item_id"], market.items["images"]))
-    images = [_first_image(market, files[item]) for item in rows["item_id"]]
-    titles = [f"session {session + 1}\n{reason}" + (f" {c}" if reason == "interest" else "")
-              for c, session, reason in rows.select("interest", "session", "reason").iter_rows()]
-    frames = [_FRAMES[held.index(c) % len(_FRAMES)] for c in rows["interest"]]
-    return plot_images(images, titles, min(7, n), .72, f"What {user_id} took", frames)
-
 # %% ../../nbs/10_data.synthetic.ipynb #gini
 def gini(
     counts: np.ndarray,  # `[V]` counts >= 0, not all 0
@@ -1060,23 +1023,6 @@ def dataset_statistics(
     for name, table in (features or {}).items():
         found[f"{name} AUC"] = ask(_content_scores(item, offsets, table))[1]
     return {name: round(float(value), 4) for name, value in found.items()}
-
-# %% ../../nbs/10_data.synthetic.ipynb #simple-features
-def simple_features(
-    market: Marketplace,  # the first image of each item is drawn
-) -> dict[str, np.ndarray]:  # `"text"` `[V, words]`, `"image"` `[V, 192]`; no image: the mean row
-    "Compute features that need no training: bag of words and thumbnails."
-    text = pl.concat_str("title", "description", "details", separator=" ", ignore_nulls=True)
-    words = market.items.select(text.str.to_lowercase().str.extract_all(r"[a-z\-]+")).to_series()
-    row, column = np.repeat(np.arange(len(words)), words.list.len()), words.explode().rank("dense")
-    holds = np.zeros((len(words), column.max()), dtype=np.float32)
-    holds[row, column - 1] = 1
-    images = np.full((len(words), 8 * 8 * 3), np.nan, dtype=np.float32)
-    for row, names in enumerate(market.items["images"]):
-        if len(names): images[row] = np.ravel(market.draw(names[0]).resize((8, 8), Image.BOX))
-    missing = np.isnan(images[:, 0])
-    images[missing] = images[~missing].mean(0)
-    return {"text": holds * np.log(len(words) / holds.sum(0)), "image": images}
 
 # %% ../../nbs/10_data.synthetic.ipynb #perfect-features
 def perfect_features(

@@ -7,9 +7,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/features.clip.html.md"""
 # %% auto #0
 __all__ = ['IMAGE_SETTINGS', 'RECIPE', 'HELD_OUT', 'TINY', 'preprocess_images', 'train_tokenizer', 'quiet_transformers',
            'make_clip', 'text_features', 'image_features', 'clip_loss', 'word_loss', 'caption_words', 'ClipRun',
-           'train_clip', 'load_clip', 'load_shipped_clip', 'save_clip', 'train_shipped_clip', 'plot_training',
-           'embed_images', 'embed_texts', 'plot_similarity', 'retrieval_recall', 'plot_word_scores',
-           'attribute_accuracy', 'measure_clip']
+           'train_clip', 'load_clip', 'load_shipped_clip', 'save_clip', 'train_shipped_clip', 'embed_images',
+           'embed_texts', 'retrieval_recall', 'attribute_accuracy', 'measure_clip']
 
 # %% ../../nbs/20_features.clip.ipynb #imports
 import ast
@@ -18,7 +17,6 @@ import inspect
 import json
 import math
 import re
-import textwrap
 import time
 import warnings
 from collections import Counter
@@ -26,12 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
@@ -41,7 +37,6 @@ from ..artifacts import artifact_path, atomic_path, fingerprint, provenance, wri
 from ..core import derive_seed
 from ..data.items import open_image
 from ..data.synthetic import WORDS, make_caption_corpus
-from ..figures import COLORS, plot_bars, plot_heatmap, plot_lines
 
 # %% ../../nbs/20_features.clip.ipynb #image-settings
 IMAGE_SETTINGS = {
@@ -374,24 +369,6 @@ def train_shipped_clip(
         "provenance": provenance(), "tiny_curve": tiny.curve, "curve": run.curve})
     return run
 
-# %% ../../nbs/20_features.clip.ipynb #plot-curve
-def plot_training(
-    curve,  # `[steps][2]` losses of captions and words, as in `ClipRun.curve`
-    batch_size: int = 64,  # pairs of a step, for the line of knowing nothing
-    every: int = 20,  # steps averaged to one point
-) -> plt.Axes:
-    "Draw both losses of a training against its steps."
-    values = np.asarray(curve, float)
-    points = values[:len(values) // every * every].reshape(-1, every, 2).mean(1)
-    x = (np.arange(len(points)) + .5) * every
-    lines = {"captions": (x, points[:, 0]), "words": (x, points[:, 1])}
-    colors = {"captions": COLORS["both"], "words": COLORS["text"]}
-    ax = plot_lines(lines, title="Training of the shipped CLIP", xlabel="steps", ylabel="loss",
-                    colors=colors)
-    ax.axhline(np.log(batch_size), color=COLORS["both"], linestyle="--", linewidth=1)
-    ax.set_ylim(0)
-    return ax
-
 # %% ../../nbs/20_features.clip.ipynb #embed
 @torch.inference_mode()
 def embed_images(
@@ -419,30 +396,6 @@ def embed_texts(
     rows = [text_features(model, tokenizer(part, **_PADDED)) for part in parts]
     return F.normalize(torch.cat(rows), dim=1)
 
-# %% ../../nbs/20_features.clip.ipynb #plot-similarity
-def plot_similarity(
-    images,  # `[n]` images
-    texts: list[str],  # `[n]` their captions
-    similarity: np.ndarray,  # `[n, n]` cosines, images in rows
-) -> plt.Figure:
-    "Draw cosines of images (rows) and captions (columns) as a heat map with the images beside it."
-    n = len(images)
-    fig = plt.figure(figsize=(8.2, .52 * n + .3), layout="none")
-    fig.subplots_adjust(left=.01, right=.5, top=.93, bottom=.02, wspace=.03)
-    grid = fig.add_gridspec(n, 2, width_ratios=[1, n])
-    for row, image in enumerate(images):
-        ax = fig.add_subplot(grid[row, 0])
-        ax.imshow(np.asarray(image))
-        ax.axis("off")
-    names = [f"{k}  {textwrap.shorten(text, 84)}" for k, text in enumerate(texts, 1)]
-    numbers = [str(k + 1) for k in range(n)]
-    ax = plot_heatmap(similarity, names, numbers, digits=2, ax=fig.add_subplot(grid[:, 1]))
-    ax.collections[0].colorbar.remove()
-    ax.xaxis.tick_top()
-    ax.yaxis.tick_right()
-    ax.tick_params(axis="y", rotation=0, labelsize=7)
-    return fig
-
 # %% ../../nbs/20_features.clip.ipynb #retrieval
 def retrieval_recall(
     similarity: np.ndarray,  # `[N, N]` row i belongs to column i
@@ -451,24 +404,6 @@ def retrieval_recall(
     "Compute the share of rows whose own column is among the `k` largest; ties count against it."
     own = np.diagonal(similarity)[:, None]
     return float(((similarity >= own).sum(1) <= k).mean())
-
-# %% ../../nbs/20_features.clip.ipynb #plot-words
-def plot_word_scores(
-    images,  # `[n]` images
-    words: list[str],  # `[W]` candidates
-    scores: np.ndarray,  # `[n, W]` how near each word is; comparable between words
-    top: int = 5,  # bars an image
-) -> plt.Figure:
-    "Draw images with their nearest words as bars."
-    fig, axes = plt.subplots(2, len(images), figsize=(1.5 * len(images), 2.7))
-    for (above, below), image, row in zip(axes.T, images, scores):
-        above.imshow(np.asarray(image))
-        above.axis("off")
-        best = {words[word]: row[word] for word in np.argsort(-row)[:top]}
-        plot_bars(best, colors=dict.fromkeys(best, COLORS["text"]), digits=1, ax=below)
-        below.set(xticks=[], xlim=(0, scores.max() * 1.4))
-        below.tick_params(length=0, labelsize=7.5)
-    return fig
 
 # %% ../../nbs/20_features.clip.ipynb #attribute-accuracy
 def attribute_accuracy(

@@ -7,8 +7,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/features.encoders.html.md"""
 # %% auto #0
 __all__ = ['ENCODING_VERSION', 'PUBLISHED', 'mean_pooling', 'Catalogue', 'save_catalogue', 'load_catalogue',
            'catalogue_from_arrays', 'Encoder', 'TextEncoder', 'ImageEncoder', 'resolve_pooling', 'load_text_encoder',
-           'load_image_encoder', 'ResolvedEncoders', 'resolve_encoders', 'plot_coverage', 'nearest_items', 'drop_words',
-           'plan_chunks', 'FeatureTable', 'encode_table', 'build_catalogue']
+           'load_image_encoder', 'ResolvedEncoders', 'resolve_encoders', 'nearest_items', 'drop_words', 'plan_chunks',
+           'FeatureTable', 'encode_table', 'build_catalogue']
 
 # %% ../../nbs/21_features.encoders.ipynb #imports
 import contextlib
@@ -25,7 +25,6 @@ from typing import NamedTuple
 from urllib.request import Request, urlopen
 
 import huggingface_hub
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,10 +39,9 @@ from ..artifacts import (artifact_path, atomic_path, file_sha256, fingerprint, r
                                 write_json)
 from ..core import (derive_seed, each_for_itself, from_all, from_main, get_device,
                            is_main_process, n_processes, process_index)
-from ..data.items import ItemTable, open_image, plot_modality_counts
+from ..data.items import open_image
 from .clip import (image_features, preprocess_images, quiet_transformers,
                                     text_features)
-from ..figures import COLORS
 
 # %% ../../nbs/21_features.encoders.ipynb #mean-pooling
 def mean_pooling(
@@ -503,17 +501,6 @@ def _resolve(kind, name, load, device):
         encoder = load(name, device=device)
     label = "the small CLIP shipped with mmseqrec" if name == "shipped" else name
     return encoder, f"encoded by {label} ({why})."
-
-# %% ../../nbs/21_features.encoders.ipynb #plot-coverage
-def plot_coverage(
-    catalogue: Catalogue,  # what to look at
-) -> plt.Figure:
-    "Draw how many items have 0, 1, 2, ... texts and images, none in the accent colour."
-    masks = catalogue.text_pad_mask, catalogue.image_pad_mask
-    lists = [[[None] * n for n in (~pad_mask).sum(1).tolist()] for pad_mask in masks]
-    fig = plot_modality_counts(ItemTable(catalogue.item_tokens, *lists))
-    for ax in fig.axes: ax.patches[0].set_color(COLORS["accent"])
-    return fig
 
 # %% ../../nbs/21_features.encoders.ipynb #neighbours
 def nearest_items(

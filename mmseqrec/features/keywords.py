@@ -6,14 +6,13 @@ Docs: https://mmseqrec.github.io/mmseqrec/features.keywords.html.md"""
 
 # %% auto #0
 __all__ = ['STOP_WORDS', 'EVERYDAY_WORDS', 'split_words', 'keyword_vocabulary', 'load_word_encoder', 'word_similarity',
-           'Keywords', 'value_words', 'keyword_quality', 'plot_keyword_quality', 'plot_keywords', 'word_levels',
-           'top_words', 'keyword_catalogue']
+           'Keywords', 'plot_keywords', 'word_levels', 'top_words', 'keyword_catalogue']
 
 # %% ../../nbs/22_features.keywords.ipynb #imports
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,9 +25,8 @@ from torch import Tensor
 
 from ..artifacts import fingerprint
 from ..core import check_shape
-from ..data.synthetic import VISIBLE, WORDS
 from .encoders import Catalogue, TextEncoder, encode_table, load_text_encoder
-from ..figures import COLORS, plot_heatmap
+from ..figures import COLORS
 
 # %% ../../nbs/22_features.keywords.ipynb #split-words
 _WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*")
@@ -154,71 +152,6 @@ class Keywords:
         n, there = self.top.shape[2], int((self.top[:, :, 0] >= 0).sum())
         return f"Keywords({n} of {len(self.words):,} words for each of {there:,} pictures)"
 
-# %% ../../nbs/22_features.keywords.ipynb #value-words
-def value_words(
-    attribute: str,  # one of `VISIBLE`
-    value: str,  # its value
-) -> list[str]:  # one or two words; none for the motif "none"
-    "List the words that name a value of a visible attribute: the last word of each of its names."
-    return list(dict.fromkeys(split_words(name)[-1] for name in WORDS[attribute].get(value, ())))
-
-# %% ../../nbs/22_features.keywords.ipynb #named-words
-def _shown_words(keywords, truth):
-    "List `(row, k, {attribute shown: words that name it})` of every image that has keywords."
-    row_of = {token: row for row, token in enumerate(keywords.item_tokens)}
-    there, words, found = keywords.top[:, :, 0] >= 0, set(keywords.words), []
-    for item in truth.attributes.iter_rows(named=True):
-        row = row_of.get(item["item_id"], 0)  # row 0 has no keywords
-        for k, view in enumerate(item["views"][:there.shape[1]]):
-            if not there[row, k]: continue
-            seen = [name for name in VISIBLE if (name, view) != ("size", "close-up")]
-            names = {name: set(value_words(name, item[name])) for name in seen}
-            found.append((row, k, {name: words & own for name, own in names.items() if own}))
-    if found: return found
-    raise ValueError("no picture has keywords; pass keywords and truth of the same shop")
-
-# %% ../../nbs/22_features.keywords.ipynb #quality-parts
-def _word_scores(said, shown, n, n_kept):
-    "Score the words said of one image, the best first, against the words that name what it shows."
-    right = set().union(*shown.values())
-    R, first = min(len(right), n_kept), set(said[:n])
-    is_named = {name: float(bool(names & first)) for name, names in shown.items()}
-    return {"R-precision": len(right & set(said[:R])) / max(R, 1),
-            f"precision@{n}": len(right & first) / min(n, n_kept),
-            f"recall@{n}": sum(is_named.values()) / max(len(shown), 1), **is_named}
-
-# %% ../../nbs/22_features.keywords.ipynb #chance-scores
-def _chance_scores(shown, n, n_words):
-    "Expect the scores of one image for words that are drawn without looking."
-    right, draws = len(set().union(*shown.values())) / n_words, np.arange(min(n, n_words))
-    def found(w): return 1 - np.prod(np.maximum(n_words - w - draws, 0) / (n_words - draws))
-    is_named = {name: found(len(names)) for name, names in shown.items()}
-    recall = sum(is_named.values()) / max(len(shown), 1)
-    return {"R-precision": right, f"precision@{n}": right, f"recall@{n}": recall, **is_named}
-
-# %% ../../nbs/22_features.keywords.ipynb #keyword-quality
-def keyword_quality(
-    keywords: Keywords,
-    truth,  # `Truth` of the marketplace; image k of an item must be its k-th view
-    n: int = 15,  # keywords that count for precision and recall
-    frequent: Sequence[str] | None = None,  # words by frequency; `None`: the vocabulary's order
-) -> dict[str, dict[str, float]]:  # "keywords", "frequent words", "chance": averages of each score
-    """Measure how many of the attributes shown the keywords name.
-
-    R is capped at the number of keywords kept. Raises `ValueError` if fewer than `n` were kept."""
-    n_kept, n_words, known = keywords.top.shape[2], len(keywords.words), set(keywords.words)
-    if n > n_kept < n_words:
-        raise ValueError(f"n is {n}, but only {n_kept} keywords were kept; keep more")
-    often = [word for word in frequent or keywords.words if word in known][:n_kept]
-    scores = {"keywords": [], "frequent words": [], "chance": []}
-    for row, k, shown in _shown_words(keywords, truth):
-        scores["keywords"].append(_word_scores(keywords.of(row, k), shown, n, n_kept))
-        scores["frequent words"].append(_word_scores(often, shown, n, n_kept))
-        scores["chance"].append(_chance_scores(shown, n, n_words))
-    columns = ["R-precision", f"precision@{n}", f"recall@{n}", *VISIBLE]
-    mean = lambda rows, key: float(np.mean([row[key] for row in rows if key in row] or [0]))
-    return {name: {key: mean(rows, key) for key in columns} for name, rows in scores.items()}
-
 # %% ../../nbs/22_features.keywords.ipynb #everyday-words
 EVERYDAY_WORDS = tuple("""
 able academic account advice airport ancient angry answer apple army article athlete august award
@@ -246,18 +179,6 @@ thin thunder thursday tiger tired tomato tooth traffic tragedy triangle truth tu
 urban valley vegetable village violin voice volcano wallet warm weather wedding weight whale wheel
 whisper wild window wisdom wise wolf wonder worry writer zebra zero
 """.split())
-
-# %% ../../nbs/22_features.keywords.ipynb #plot-keyword-quality
-def plot_keyword_quality(
-    quality: Mapping[str, Mapping[str, float]],  # name -> R-precision, recall, recall by attribute
-    title: str = "",
-) -> plt.Axes:
-    "Draw qualities as a table of coloured numbers, one row a name."
-    columns = list(next(iter(quality.values())))
-    values = [[row[column] for column in columns] for row in quality.values()]
-    ax = plot_heatmap(values, list(quality), columns, title=title, digits=2)
-    ax.axvline(len(set(columns) - set(VISIBLE)), color=COLORS["ink"], linewidth=1.5)
-    return ax
 
 # %% ../../nbs/22_features.keywords.ipynb #plot-keywords
 def plot_keywords(

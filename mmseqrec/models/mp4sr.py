@@ -16,8 +16,7 @@ from ..blocks.augment import draw_item_drop, draw_swaps, drop_items, swap_stream
 from ..blocks.contrastive import cross_modality_loss, gather_rows, next_item_loss
 from ..blocks.layers import encode_ends, init_weights
 from ..blocks.losses import same_target_mask
-from ..blocks.towers import (IDEmbedding, history_attention, look_up, next_item_terms,
-                                    read_histories)
+from ..blocks.towers import IDEmbedding, history_attention, next_item_terms, read_histories
 from ..core import from_main
 from ..data.sequences import Batch
 from .m2se import M2SE

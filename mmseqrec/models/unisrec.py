@@ -16,12 +16,13 @@ from ..blocks.augment import draw_item_drop, draw_word_drop, drop_items
 from ..blocks.contrastive import gather_rows, sequence_item_loss, sequence_sequence_loss
 from ..blocks.layers import (Centring, SequenceEncoder, WhiteningExperts, check_features,
                                     encode_ends, init_weights)
-from ..blocks.towers import (IDEmbedding, history_attention, look_up, next_item_softmax,
+from ..blocks.towers import (IDEmbedding, history_attention, look_up, next_item_terms,
                                     read_histories)
 from ..core import from_main
 from ..data.sequences import Batch
 from ..features.encoders import Catalogue
-from ..recommender import Items, Recommender, asked_rows, released_quirks
+from ..recommender import (Items, Recommender, asked_rows, check_pretraining,
+                                  released_quirks)
 
 # %% ../../nbs/51_models.unisrec.ipynb #text-items
 class TextItems(nn.Module):
@@ -129,18 +130,6 @@ def text_pretraining(
     loss = terms["sequence_item"] + model.sequence_weight * terms["sequence_sequence"]
     return {"loss": loss, **terms}
 
-# %% ../../nbs/51_models.unisrec.ipynb #check-pretraining
-def _check_pretraining(model):
-    "Raise an error if a UniSRec cannot be pre-trained with its catalogue."
-    if not model.has_pretraining:
-        raise NotImplementedError("UniSRec with learned item vectors has no pre-training; "
-                                  "pre-train UniSRec(transductive=False) and transfer_weights "
-                                  "from it")
-    if model.disturbance["word_drop_share"] > 0 and model.items.dropped_features is None:
-        raise ValueError("the catalogue has no sentences with words left out: encode them with "
-                         "build_catalogue(..., word_drop=0.15), or disturb by item drop alone "
-                         "with UniSRec(..., word_drop_share=0)")
-
 # %% ../../nbs/51_models.unisrec.ipynb #unisrec
 class UniSRec(Recommender):
     "Universal Sequence Representation learning for recommendation (arXiv 2206.05941; KDD 2022)."
@@ -214,15 +203,13 @@ class UniSRec(Recommender):
         self,
         batch: Batch,  # with `pos_item [T]`, the items that came next
     ) -> dict[str, Tensor]:  # `"loss"`
-        n_candidates, n_items = self.n_candidates if self.training else None, self.catalogue.n_items
-        return {"loss": next_item_softmax(self.encoder, self.item_vectors, batch, n_items,
-                                          self.temperature, n_candidates, cosine=True)}
+        return next_item_terms(self, self.encoder, self.item_vectors, batch, cosine=True)
 
     def pretrain_loss(
         self,
         batch: Batch,  # at most one row a user, with `pos_item [B]`
     ) -> dict[str, Tensor]:  # `"loss"`, `"sequence_item"` and `"sequence_sequence"`
-        _check_pretraining(self)
+        check_pretraining(self, self.items.dropped_features)
         return text_pretraining(self, batch)
 
     def attention(
