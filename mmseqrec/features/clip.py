@@ -330,6 +330,12 @@ def save_clip(
 ) -> Path:  # the folder, which plain transformers can load
     "Save a trained CLIP as a checkpoint of transformers, its origin in the header of the weights."
     folder, parts = Path(folder), (train_clip, make_clip, word_loss, clip_loss, _initialise)
+    _write_checkpoint(run, folder, parts, notes)
+    write_json(folder / "preprocessor_config.json", IMAGE_SETTINGS)
+    return folder
+
+def _write_checkpoint(run, folder, parts, notes):
+    "Write tokenizer, configuration and weights; the header has notes and a digest of `parts`."
     code = [ast.dump(ast.parse(inspect.getsource(part))) for part in parts]  # comments do not count
     weights = {name: w.half().contiguous() for name, w in run.model.state_dict().items()}
     origin = {"format": "pt", "code": fingerprint(code), "notes": json.dumps(notes),
@@ -337,9 +343,7 @@ def save_clip(
     with quiet_transformers():
         for part in (run.tokenizer, run.model.config): part.save_pretrained(folder)
     _write_tokenizer_config(folder, run.tokenizer.model_max_length)
-    write_json(folder / "preprocessor_config.json", IMAGE_SETTINGS)
     with atomic_path(folder / "model.safetensors") as path: save_file(weights, path, origin)
-    return folder
 
 # %% ../../nbs/20_features.clip.ipynb #train-shipped
 # of the shipped weights

@@ -10,9 +10,6 @@ __all__ = ['RECIPE', 'TINY', 'make_listing_corpus', 'make_sentence_model', 'list
            'load_lsa', 'measure_text_encoder', 'listing_sentences', 'mean_text_features']
 
 # %% ../../nbs/23_features.sentences.ipynb #imports
-import ast
-import inspect
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -36,7 +33,7 @@ from ..core import derive_seed
 from ..data.items import split_sentences
 from ..data.synthetic import (HIDDEN, KINDS, VISIBLE, attribute_values, dataset_statistics,
                                      in_caption_corpus, make_marketplace, write_listing)
-from .clip import (_write_tokenizer_config, clip_loss, quiet_transformers,
+from .clip import (_write_checkpoint, clip_loss, quiet_transformers,
                                     train_tokenizer)
 from .encoders import TextEncoder, load_text_encoder, mean_pooling
 
@@ -172,17 +169,10 @@ def save_sentences(
 ) -> Path:  # the folder; an older checkpoint there is replaced, whole
     "Save a sentence encoder as a checkpoint, its origin in the header of the weights."
     parts = (train_sentences, make_sentence_model, listing_loss, listing_vectors)
-    code = [ast.dump(ast.parse(inspect.getsource(part))) for part in parts]  # comments do not count
-    origin = {"format": "pt", "code": fingerprint(code), "notes": json.dumps(notes),
-              "origin": json.dumps(provenance())}
-    weights = {name: w.half().contiguous() for name, w in run.model.state_dict().items()}
     with atomic_folder(folder) as temporary:
-        with quiet_transformers():
-            for part in (run.tokenizer, run.model.config): part.save_pretrained(temporary)
-        _write_tokenizer_config(temporary, run.tokenizer.model_max_length)
+        _write_checkpoint(run, temporary, parts, notes)
         write_json(temporary / "1_Pooling/config.json", _POOLING | {
             "word_embedding_dimension": run.model.config.hidden_size})
-        save_file(weights, temporary / "model.safetensors", origin)
     return Path(folder)
 
 _POOLING = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
