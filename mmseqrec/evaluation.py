@@ -37,6 +37,7 @@ def user_means(
 
 # %% ../nbs/42_evaluation.ipynb #evaluation
 _METRICS = {"recall": recall_at_k, "ndcg": ndcg_at_k, "mrr": mrr}
+_UNKNOWN = "unknown metric {!r}; use recall@k, ndcg@k, mrr or mrr@k"
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -54,10 +55,9 @@ class Evaluation:
     ) -> np.ndarray:  # `[R]`
         "Compute a metric for each row. Raises `ValueError` for an unknown one."
         name, _, k = metric.partition("@")
-        if name not in _METRICS or not (k.isdigit() or metric == "mrr"):
-            raise ValueError(f"unknown metric {metric!r}; use recall@k, ndcg@k, mrr or mrr@k")
-        arguments = [int(k)] if k else []
-        return _METRICS[name](torch.from_numpy(self.ranks), *arguments).numpy()
+        is_known = name in _METRICS and (k.isdigit() or metric == "mrr")
+        if not is_known: raise ValueError(_UNKNOWN.format(metric))
+        return _METRICS[name](torch.from_numpy(self.ranks), int(k) if k else None).numpy()
 
     def metrics(
         self,

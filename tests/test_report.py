@@ -20,14 +20,14 @@ from mmseqrec.data.interactions import interaction_statistics, leave_one_out, ma
 from mmseqrec.data.items import ItemTable
 from mmseqrec.data.sequences import TEST, SequenceStore
 from mmseqrec.evaluation import Evaluation, compare_evaluations
-from mmseqrec.experiments.run import Result, Run, RunData
+from mmseqrec.experiments.run import Result, Run, RunData, difference
 from mmseqrec.features.encoders import catalogue_from_arrays
 from mmseqrec.features.keywords import STOP_WORDS, Keywords
 from mmseqrec.models.missrec import MISSRec
 from mmseqrec.app.report import (SystemSummary, best_baseline, choose_examples, choose_pictured, data_uri, embed_figure, example,
                                  examples_section, first_pictures, format_number, format_seconds, interests_section, keyword_card,
                                  keyword_settings, keywords_section, map_section, map_vectors, map_words, one_seed_note,
-                                 paired_difference, plot_loss, plot_pretraining_terms, plot_validation, pretraining_section,
+                                 plot_loss, plot_pretraining_terms, plot_validation, pretraining_section,
                                  render_part, report_html, report_sections, system_summaries, systems_section, thumbnail,
                                  training_section, what_ran_section, write_report)
 from mmseqrec.training import History
@@ -205,7 +205,7 @@ def test_numbers_are_those_of_the_evaluation(run):
         summary = system.summary("ndcg@10")
         assert summary["value"] == pytest.approx(result.evaluation.metrics()["ndcg@10"])
         assert (summary["low"], summary["high"]) == result.evaluation.interval("ndcg@10") and summary["spread"] is None
-    assert paired_difference(systems[2], systems[1]) == compare_evaluations(run.results[2].evaluation, run.results[1].evaluation)
+    assert difference(systems[2].results, systems[1].results) == compare_evaluations(run.results[2].evaluation, run.results[1].evaluation)
 
 def test_every_user_counts_once(run):
     evaluation = dataclasses.replace(run.results[0].evaluation, user=np.minimum(run.results[0].evaluation.user, 3))
@@ -319,7 +319,7 @@ def test_twins_are_compared_user_by_user(run, full):
     rows = rows_of(page)
     assert len(rows) == 3 and "MP4SR<" in rows[0] and "MP4SR, not pre-trained<" in rows[1]
     for cell, metric in zip(re.findall("<td>(.*?)</td>", rows[2]), ("ndcg@10", "recall@10")):
-        d = paired_difference(systems[3], systems[2], metric)
+        d = difference(systems[3].results, systems[2].results, metric)
         assert [format_number(d[k], "+") for k in ("difference", "low", "high")] == re.findall("[+\u2212]\\d\\.\\d{3}", cell)
     alone = systems[:2] + systems[3:]
     assert pretraining_section(full, alone)["twins"] == [] and pretraining_section(run, system_summaries(run)) is None

@@ -149,13 +149,11 @@ def run_table(
     from mmseqrec.app import report
     metric, systems, rows = run.config.metric, report.system_summaries(run), []
     baseline, shown = report.best_baseline(systems, metric), dict.fromkeys((metric, "recall@10"))
-    for system in systems:
-        cells = [_INTERVAL.format_map(system.summary(each)) for each in shown]
-        paired = system is not baseline and report.paired_difference(system, baseline, metric)
-        versus = _DIFFERENCE.format_map(paired) if paired else ""
-        seconds = sum(result.seconds for result in system.results) / len(system.results)
-        rows.append([system.title, *cells, versus, f"{system.results[0].n_parameters:,}",
-                     report.format_seconds(seconds)])
+    for system, row in zip(systems, mm.result_table(run, list(shown), baseline.key)):
+        cells = [_INTERVAL.format_map(row[each]) for each in shown]
+        versus = _DIFFERENCE.format_map(row["difference"]) if "difference" in row else ""
+        seconds = report.format_seconds(report.system_row(system)["seconds"])
+        rows.append([row["title"], *cells, versus, f"{row['n_parameters']:,}", seconds])
     columns = (*map(report.metric_title, shown), f"vs {baseline.title}", "parameters", "training")
     return text_table(("system", *columns), rows)
 
@@ -182,8 +180,8 @@ def _is_first(): return int(os.environ.get("RANK", 0)) == 0  # of the processes 
 def _announce(folder, config):
     "Say where results go, and what changed since the last run there."
     print(f"Results go to {folder}; stopped at any time, the same command continues.", flush=True)
-    changed = changed_settings(folder, config)
-    if changed: print(f"Since the last run here: {changed}.", flush=True)
+    if changed := changed_settings(folder, config):
+        print(f"Since the last run here: {changed}.", flush=True)
 
 # %% ../../nbs/81_app.cli.ipynb #write-report
 def _write_report(run, folder, command):
@@ -289,6 +287,9 @@ def run_of(
         if path.is_file(): return parent, mm.artifacts.read_json(path)
 
 # %% ../../nbs/81_app.cli.ipynb #known-events
+_NO_ITEMS = ("{} names none of the recommender's items, such as {}; choose the column with "
+             "--item-column")
+
 def known_events(
     interactions,  # `Interactions`
     item_tokens: Sequence[str],  # `[V + 1]` of the recommender's catalogue
@@ -298,22 +299,21 @@ def known_events(
     row_of = {token: row for row, token in enumerate(item_tokens) if row}
     rows = np.array([row_of.get(token, 0) for token in interactions.item_tokens], np.int32)
     item = rows[interactions.item]
-    if not item.any():
-        raise ValueError(f"{interactions.source or 'the table'} names none of the recommender's "
-                         f"items, such as {item_tokens[1]}; choose the column with --item-column")
+    source = interactions.source or "the table"
+    if not item.any(): raise ValueError(_NO_ITEMS.format(source, item_tokens[1]))
     kept = mm.data.interactions.select_events(interactions, item > 0)
     return replace(kept, item=item[item > 0], item_tokens=list(item_tokens))
 
 # %% ../../nbs/81_app.cli.ipynb #events
 _COLUMN_SETTINGS = ("user_column", "item_column", "time_column")
+_NO_RUN = "{} does not lie in a run; name a table with --interactions"
 
 def events_of(
     args: argparse.Namespace,  # of `mmseqrec evaluate`
 ):  # `Interactions`
     "Read the events that were named, or else those of the recommender's run, cut to its k-core."
     run = run_of(args.model)
-    if args.interactions is None and run is None:
-        raise ValueError(f"{args.model} does not lie in a run; name a table with --interactions")
+    if args.interactions is None and run is None: raise ValueError(_NO_RUN.format(args.model))
     settings = RunConfig().to_dict() | (run[1] if run else {})
     columns = [getattr(args, name) or settings[name] for name in _COLUMN_SETTINGS]
     if args.interactions is not None: return mm.read_interactions(args.interactions, *columns)

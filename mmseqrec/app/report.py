@@ -6,14 +6,14 @@ Docs: https://mmseqrec.github.io/mmseqrec/app.report.html.md"""
 
 # %% auto #0
 __all__ = ['DPI', 'SLICES', 'BREADTH', 'SECTIONS', 'format_number', 'format_seconds', 'metric_title', 'render_part', 'data_uri',
-           'thumbnail', 'embed_figure', 'SystemSummary', 'system_summaries', 'best_baseline', 'paired_difference',
-           'one_seed_note', 'keyword_settings', 'what_ran_section', 'beyond_accuracy', 'system_row', 'plot_systems',
-           'systems_section', 'plot_loss', 'plot_validation', 'plot_pretraining_terms', 'training_section',
-           'pretraining_section', 'plot_report_slices', 'slices_section', 'plot_beyond', 'breadth_section',
-           'choose_examples', 'item_titles', 'item_card', 'example', 'examples_section', 'choose_pictured',
-           'keyword_card', 'keywords_section', 'first_pictures', 'interests_section', 'map_vectors', 'shared_words',
-           'map_words', 'item_map', 'plot_item_map', 'map_section', 'data_section', 'repeat_section', 'report_sections',
-           'report_html', 'write_report']
+           'thumbnail', 'embed_figure', 'SystemSummary', 'system_summaries', 'best_baseline', 'one_seed_note',
+           'keyword_settings', 'what_ran_section', 'beyond_accuracy', 'system_row', 'plot_systems', 'systems_section',
+           'plot_loss', 'plot_validation', 'plot_pretraining_terms', 'training_section', 'pretraining_section',
+           'plot_report_slices', 'slices_section', 'plot_beyond', 'breadth_section', 'choose_examples', 'item_titles',
+           'item_card', 'example', 'examples_section', 'choose_pictured', 'keyword_card', 'keywords_section',
+           'first_pictures', 'interests_section', 'map_vectors', 'shared_words', 'map_words', 'item_map',
+           'plot_item_map', 'map_section', 'data_section', 'repeat_section', 'report_sections', 'report_html',
+           'write_report']
 
 # %% ../../nbs/80_app.report.ipynb #imports
 import base64
@@ -38,12 +38,11 @@ from ..data.items import ItemTable, open_image
 from ..data.sequences import TEST
 from ..evaluation import (history_groups, plot_slices, popularity_groups, slice_table,
                                  user_means)
-from ..experiments.run import (SYSTEMS, Result, Run, seeds_of_systems,
+from ..experiments.run import (SYSTEMS, Result, Run, difference, seeds_of_systems,
                                       summary_of_seeds)
 from ..features.encoders import Catalogue
 from ..features.keywords import STOP_WORDS, split_words
 from ..figures import _STYLE, COLORS, _axes, figure_to_png, plot_bars
-from ..metrics import paired_test
 from ..models.missrec import MISSRec
 from ..viz.embeddings import pca_2d, plot_map, plot_picture_map, umap_2d
 
@@ -141,13 +140,6 @@ class SystemSummary:
         "Compute a metric for each test event."
         return np.mean([result.evaluation.values(metric) for result in self.results], axis=0)
 
-    def user_values(
-        self,
-        metric: str,  # such as `"ndcg@10"`
-    ) -> np.ndarray:  # `[U]`, each user counts once
-        "Compute a metric for each user."
-        return user_means(self.values(metric), self.user)
-
     def summary(
         self,
         metric: str,  # such as `"ndcg@10"`
@@ -169,15 +161,8 @@ def best_baseline(
 ) -> SystemSummary | None:  # `None` if neither popularity nor Markov was run
     "Return the better of popularity and first-order Markov."
     simple = [system for system in systems if system.key in ("popularity", "markov")]
-    return max(simple, key=lambda system: system.user_values(metric).mean(), default=None)
-
-def paired_difference(
-    system: SystemSummary,
-    other: SystemSummary,
-    metric: str = "ndcg@10",  # as in `Evaluation.values`
-) -> dict[str, float]:  # `difference` (first minus second), `low` and `high` (95 %), `p_value`
-    "Compare two systems user by user, each averaged over its seeds."
-    return paired_test(system.user_values(metric), other.user_values(metric))
+    mean = lambda system: user_means(system.values(metric), system.user).mean()
+    return max(simple, key=mean, default=None)
 
 # %% ../../nbs/80_app.report.ipynb #keyword-settings
 def one_seed_note(
@@ -240,20 +225,20 @@ def plot_systems(
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw a metric of all systems as bars with intervals over users."
-    scores = [system.summary(metric) for system in systems]
-    whiskers = {s.title: (score["low"], score["high"]) for s, score in zip(systems, scores)}
-    values = [score["value"] for score in scores]
+    scores = {system.title: system.summary(metric) for system in systems}
+    whiskers = {title: (score["low"], score["high"]) for title, score in scores.items()}
+    values = {title: score["value"] for title, score in scores.items()}
     ax = _bars(ax, systems, values, intervals=whiskers, title=metric_title(metric))
-    if (baseline := best_baseline(systems, metric)) is not None:
-        level = values[systems.index(baseline)]
-        ax.axvline(level, color=COLORS["ink"], linewidth=.9, linestyle=(0, (4, 3)))
+    baseline = best_baseline(systems, metric)
+    if baseline is not None: ax.axvline(values[baseline.title], **_LEVEL)
     return ax
+
+_LEVEL = {"color": COLORS["ink"], "linewidth": .9, "linestyle": (0, (4, 3))}
 
 def _bars(ax, systems, values, **options):
     "Draw a bar a system in its colour."
     ax = _axes(ax, "", "", "", figsize=(5.6, .9 + .36 * len(systems)))
-    names, colors = [s.title for s in systems], {s.title: s.color for s in systems}
-    return plot_bars(dict(zip(names, values)), colors=colors, ax=ax, **options)
+    return plot_bars(values, colors={s.title: s.color for s in systems}, ax=ax, **options)
 
 # %% ../../nbs/80_app.report.ipynb #systems-section
 def systems_section(
@@ -266,7 +251,7 @@ def systems_section(
     baseline = best_baseline(systems, main)
     rows = [{**system_row(system, {*metrics, main}), **beyond_accuracy(system, counts),
              "difference": None if baseline in (None, system)
-             else paired_difference(system, baseline, main),
+             else difference(system.results, baseline.results, main),
              "n_parameters": system.results[0].n_parameters} for system in systems]
     bars = [embed_figure(plot_systems(systems, m)) for m in dict.fromkeys((main, "recall@10"))]
     return {"metric": main, "metrics": metrics, "rows": rows, "bars": bars,
@@ -284,8 +269,8 @@ _LEGEND = {"loc": "upper center", "ncols": 2, "columnspacing": 1.4, "handletextp
 
 def _legend_below(ax, height=-.22, **options):
     "Put the legend, if there is one, under the axes: readable on a narrow screen."
-    options = {**_LEGEND, "bbox_to_anchor": (.5, height), **options}
-    if ax.get_legend_handles_labels()[0]: ax.legend(**options)
+    below = {**_LEGEND, "bbox_to_anchor": (.5, height), **options}
+    if ax.get_legend_handles_labels()[0]: ax.legend(**below)
     return ax
 
 def _curve(history, name):
@@ -379,7 +364,7 @@ def pretraining_section(
     if not pretrained: return None
     metrics = list(dict.fromkeys((run.config.metric, "recall@10")))
     twins = [{"rows": [system_row(system, metrics) for system in (one, other)],
-              "differences": [paired_difference(one, other, metric) for metric in metrics]}
+              "differences": [difference(one.results, other.results, m) for m in metrics]}
              for one in pretrained for other in systems if other.key == f"{one.key}_scratch"]
     validation = plot_validation(pretrained, run.config.metric, "pre-training")
     return {"metrics": metrics, "note": one_seed_note(run), "twins": twins,
@@ -403,9 +388,8 @@ def plot_report_slices(
     groups = {short(name): rows for name, rows in groups.items()}
     tables = {system.title: slice_table(system, groups, metric) for system in systems}
     title, xlabel = SLICES[by]
-    ax = _axes(ax, "", "", "", figsize=(5.6, 3.6))
+    ax = _axes(ax, "", xlabel, "", figsize=(5.6, 3.6))
     plot_slices(tables, title, metric_title(metric), {s.title: s.color for s in systems}, ax)
-    ax.set_xlabel(xlabel)
     return _legend_below(ax, -.29)
 
 # %% ../../nbs/80_app.report.ipynb #slices-section
@@ -430,7 +414,7 @@ def plot_beyond(
     ax: plt.Axes | None = None,  # where to draw; new axes by default
 ) -> plt.Axes:
     "Draw coverage or novelty of all systems as bars."
-    values = [beyond_accuracy(system, item_counts)[name] for system in systems]
+    values = {system.title: beyond_accuracy(system, item_counts)[name] for system in systems}
     return _bars(ax, systems, values, title=BREADTH[name], digits=2)
 
 def breadth_section(
@@ -512,11 +496,11 @@ def choose_pictured(
 ) -> list[int]:  # catalogue rows, the most popular first
     "Choose items whose first image has keywords and can be read, spread over popularity."
     counts, files = run.data.split.item_counts(), run.data.items.images
-    rows = np.flatnonzero(run.data.keywords.top[:, 0, 0].numpy() >= 0)
-    rows = rows[np.argsort(-counts[rows], kind="stable")]
-    parts = [part.tolist() for part in np.array_split(rows, min(n, len(rows)) or 1)]
+    rows = np.flatnonzero(run.data.keywords.top[:, 0, 0].numpy() >= 0).tolist()
+    rows.sort(key=lambda row: -counts[row])
+    parts = np.array_split(rows, min(n, len(rows)) or 1)
     def is_readable(row): return files[row] and thumbnail(files[row][0], 8)
-    first = (next(filter(is_readable, part), None) for part in parts)
+    first = [next(filter(is_readable, part.tolist()), None) for part in parts]
     return [row for row in first if row is not None]
 
 # %% ../../nbs/80_app.report.ipynb #pictures-words
@@ -535,9 +519,8 @@ def keywords_section(
     n: int = 6,  # items at most
 ) -> dict | None:  # `keyword_settings` and `"examples"`, cards; `None` if no system reads keywords
     "Collect some images and their keywords."
-    if run.data.keywords is None: return None
-    examples = [keyword_card(run, row) for row in choose_pictured(run, n)]
-    return {**keyword_settings(run), "examples": examples}
+    if (settings := keyword_settings(run)) is None: return None
+    return {**settings, "examples": [keyword_card(run, row) for row in choose_pictured(run, n)]}
 
 # %% ../../nbs/80_app.report.ipynb #interests
 def first_pictures(

@@ -78,16 +78,17 @@ def plot_differences(
     return ax
 
 # %% ../../nbs/61_experiments.compare.ipynb #asked-pairs
+_WITH_IDS = {"mp4sr_content": "mp4sr", "unisrec": "unisrec_ids", "missrec": "missrec_ids"}
+
 def asked_pairs(
     systems: Sequence[str],  # keys of `SYSTEMS`
 ) -> dict[str, list[tuple[str, str]]]:  # question -> pairs: is the first better than the second?
     "List the pairs whose differences answer the questions of this page."
-    ids = {"mp4sr_content": "mp4sr", "unisrec": "unisrec_ids", "missrec": "missrec_ids"}
     pairs = {stick: [(name, stick) for name in systems if name != stick]
              for stick in ("markov", "content_sasrec")}
     pairs["pre-training"] = [(name, f"{name}_scratch") for name in systems]
-    pairs["item vectors"] = [(ids[name] + end, name + end)
-                             for name in ids for end in ("_scratch", "")]
+    pairs["item vectors"] = [(own + end, name + end) for name, own in _WITH_IDS.items()
+                             for end in ("_scratch", "")]
     return {question: [pair for pair in some if set(pair) <= set(systems)]
             for question, some in pairs.items()}
 
@@ -164,15 +165,17 @@ def run_grid(
     return summarise(results, config, data, questions)
 
 # %% ../../nbs/61_experiments.compare.ipynb #tiny
+_TINY = dict(
+    n_users=150, n_items=60, epochs=2, pretrain_epochs=1, seeds=(0,), min_item=3, interactions=None,
+    items=None, images=None, text_features=None, image_features=None, text_encoder="auto",
+    image_encoder="auto")
+
 def tiny_config(
     config: RunConfig,  # of the large grid
     systems: Sequence[str] | None = None,  # keys of `SYSTEMS`; those of the large grid by default
 ) -> RunConfig:
     "Shrink a grid to seconds, on the marketplace."
-    small = dict(n_users=150, n_items=60, epochs=2, pretrain_epochs=1, seeds=(0,), min_item=3)
-    own = ("interactions", "items", "images", "text_features", "image_features")
-    return replace(config, **small, **dict.fromkeys(own), text_encoder="auto", image_encoder="auto",
-                   systems=systems or config.systems)
+    return replace(config, **_TINY, systems=systems or config.systems)
 
 # %% ../../nbs/61_experiments.compare.ipynb #run-tiny
 def run_tiny(
