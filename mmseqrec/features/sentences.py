@@ -27,8 +27,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..artifacts import (artifact_path, atomic_folder, fingerprint, provenance, read_json,
-                                write_json)
+from ..artifacts import atomic_folder, fingerprint, provenance, read_json, write_json
 from ..core import derive_seed
 from ..data.items import split_sentences
 from ..data.synthetic import (HIDDEN, KINDS, VISIBLE, attribute_values, dataset_statistics,
