@@ -6,8 +6,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/recommender.html.md"""
 
 # %% auto #0
 __all__ = ['FOLLOWING_SIZES', 'Items', 'Recommender', 'asked_rows', 'follow_catalogue', 'fit_parts', 'encode_catalogue',
-           'catalogue_cross_entropy', 'transfer_weights', 'released_quirks', 'check_pretraining', 'Recommendation',
-           'top_items', 'export_vectors']
+           'catalogue_cross_entropy', 'note_known_items', 'transfer_weights', 'released_quirks', 'check_pretraining',
+           'Recommendation', 'top_items', 'export_vectors']
 
 # %% ../nbs/40_recommender.ipynb #imports
 import json
@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .artifacts import artifact_path, atomic_folder, atomic_path, read_json, write_json
-from .blocks.losses import dot_score, full_softmax_cross_entropy
+from .blocks.losses import (dot_score, draw_candidates,
+                                    full_softmax_cross_entropy)
+from .blocks.towers import IDEmbedding
 from .data.sequences import Batch, SequenceStore, collate
 from .features.encoders import Catalogue
 
@@ -60,7 +62,8 @@ class Recommender(nn.Module, PyTorchModelHubMixin):
     "Base class of all systems: towers for items and histories, losses, answers, saving."
     causal, has_pretraining = False, False  # trains all positions in one pass; has `pretrain_loss`
     catalogue, max_len, temperature = None, 50, 1.0  # items; longest history; divides scores
-    quirks = ()  # names that `released` may have, see `released_quirks`
+    quirks, released = ("untrained_negatives",), frozenset()  # see `released_quirks`
+    known_items = None  # `[K]` rows of items with training events, see `note_known_items`
 
     @property
     def device(self) -> torch.device: return _device_of(self)
@@ -77,7 +80,8 @@ class Recommender(nn.Module, PyTorchModelHubMixin):
         store: SequenceStore,  # only its training events may be looked at
         epoch: int,  # counted from 0
     ) -> None:
-        "Prepare for an epoch; by default parts take the statistics of the training items, once."
+        "Prepare for an epoch: see `note_known_items` and `fit_parts`."
+        note_known_items(self, store)
         fit_parts(self, store)
 
     def encode_items(
@@ -107,7 +111,7 @@ class Recommender(nn.Module, PyTorchModelHubMixin):
         self,
         batch: Batch,  # with `pos_item [T]`, the items that came next
     ) -> dict[str, Tensor]:  # named terms; `"loss"` is their total
-        "Compute the cross-entropy of the next items over the whole catalogue."
+        "Compute the cross-entropy of the next items over the items with training events."
         return {"loss": catalogue_cross_entropy(self, batch)}
 
     def pretrain_loss(
@@ -174,7 +178,7 @@ def follow_catalogue(
     "Give a catalogue to a model and to each of its parts that follows one."
     for part in model.children():
         if hasattr(part, "set_catalogue"): part.set_catalogue(catalogue)
-    model.catalogue = catalogue
+    model.catalogue, model.known_items = catalogue, None
     model._row_of = {token: row for row, token in enumerate(catalogue.item_tokens) if row}
     return model
 
@@ -209,11 +213,25 @@ def catalogue_cross_entropy(
     model: Recommender,  # with a catalogue
     batch: Batch,  # with `pos_item [T]`, the items that came next
 ) -> Tensor:  # a single number
-    "Cross-entropy of the next items over the whole catalogue, with the model's own `score`."
-    items, sequence = model.encode_items(), model.encode_sequence(batch, batch.positions)
+    "Cross-entropy of the next items over the known items, with the model's own `score`."
+    n_items, known_items = model.catalogue.n_items, model.known_items
+    ids, target, _ = draw_candidates(batch.pos_item, n_items, known_items=known_items)
+    items = model.encode_items(None if known_items is None else ids)
+    sequence = model.encode_sequence(batch, batch.positions)
     score = lambda u, vectors: model.score(u, replace(items, vectors=vectors))
-    target = batch.pos_item - 1
     return full_softmax_cross_entropy(sequence, items.vectors, target, model.temperature, score)
+
+# %% ../nbs/40_recommender.ipynb #known-items
+def note_known_items(
+    model: Recommender,  # with a catalogue
+    store: SequenceStore,  # only its training events are looked at
+) -> None:
+    "Tell a model which items have training events; all, if it follows `untrained_negatives`."
+    model.known_items, ids = None, torch.from_numpy(store.training_items).to(model.device)
+    if "untrained_negatives" in model.released: return
+    if len(ids) < store.n_items: model.known_items = ids
+    for part in model.children():
+        if isinstance(part, IDEmbedding): part.prepare_for(ids)
 
 # %% ../nbs/40_recommender.ipynb #transfer-weights
 _REMEDY = "build both with the same sizes, or name what to leave out in except_for"

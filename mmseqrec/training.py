@@ -34,7 +34,7 @@ from .data.sequences import (TRAIN, VALID, Batch, Batches, SequenceStore, positi
                                      prefix_batches)
 from .evaluation import evaluate, user_means
 from .figures import plot_lines
-from .recommender import Recommender
+from .recommender import Recommender, note_known_items
 
 # %% ../nbs/43_training.ipynb #training-batches
 def training_batches(
@@ -351,6 +351,7 @@ def fit(
         if checkpoint: save_checkpoint(checkpoint, model, optimizer, history, best, mark, scale)
     step = partial(_train_step, accelerator, wrapped, optimizer, phase, max_grad_norm, history)
     every, is_quiet = checkpoint_every if checkpoint else None, not (progress and is_main_process())
+    note_known_items(model, store)
     while history.epoch < epochs and not history.finished:
         batches = training_batches(model, store, phase, batch_size, seed, history.epoch)
         if history.step == 0: _start_epoch(model, store, history.epoch)

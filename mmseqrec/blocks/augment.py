@@ -87,6 +87,7 @@ def cloze(
     batch: Batch,  # B histories with their next items, one query a row
     n_items: int,  # V; the [MASK] is `V + 1`
     rate: float | Tensor = 0.2,  # rho, probability of every position but the last, 0 to 1
+    known_items: Tensor | None = None,  # `[K]` items that may take another's place; `None`: all
 ) -> Batch:  # `item_seq [B, L + 1]`; `positions [T]`, `pos_item [T]`: what is chosen, its items
     "Hide items, always the next (Sun et al. 2019, section 3.6). Raises `ValueError` without one."
     if batch.positions is not None or batch.pos_item is None:
@@ -99,6 +100,9 @@ def cloze(
     is_chosen = ((draw < rate) & ~rows.item_pad_mask) | is_last
     shows_other, shows_own = is_chosen & ~is_last & (kind < .1), is_chosen & ~is_last & (kind >= .9)
     item_seq = torch.where(is_chosen & ~shows_own, n_items + 1, true_items)
-    item_seq = torch.where(shows_other, torch.randint_like(true_items, 1, n_items + 1), item_seq)
+    others = torch.randint_like(true_items, 1, 1 + (n_items if known_items is None
+                                                    else len(known_items)))
+    if known_items is not None: others = known_items[others - 1]
+    item_seq = torch.where(shows_other, others, item_seq)
     return replace(rows, item_seq=item_seq, positions=is_chosen.flatten().nonzero()[:, 0],
                    pos_item=true_items[is_chosen])

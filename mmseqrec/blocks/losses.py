@@ -133,13 +133,19 @@ def draw_candidates(
     pos_item: Tensor,  # `[T]` right answers
     n_items: int,  # V
     n_drawn: int | None = None,  # other items to draw; `None`: nothing is drawn, all are taken
+    known_items: Tensor | None = None,  # `[K]` items with training events; `None`: all V
 ) -> tuple[Tensor, Tensor, Tensor]:  # `[N]` catalogue rows, `[T]` right answers, `[N]` log weights
     "Choose the items that a step compares with, and how many items each of them stands for."
-    if n_drawn is None:
+    if n_drawn is None and known_items is None:
         ids = torch.arange(1, n_items + 1, device=pos_item.device)
         return ids, pos_item - 1, torch.zeros(n_items, device=ids.device)
     right, target = pos_item.unique(return_inverse=True)
-    is_other = right.new_ones(n_items + 1, dtype=torch.bool)
+    is_other = right.new_full((n_items + 1,), known_items is None, dtype=torch.bool)
+    if known_items is not None: is_other[known_items] = True
+    if n_drawn is None:
+        is_other[right] = True
+        ids = is_other.nonzero()[:, 0]
+        return ids, torch.searchsorted(ids, pos_item), torch.zeros(len(ids), device=ids.device)
     is_other[0] = is_other[right] = False
     others = is_other.nonzero()[:, 0]
     drawn = others[torch.randperm(len(others), device=others.device)[:n_drawn]]
@@ -170,15 +176,18 @@ def items_of_step(
     pos_item: Tensor,  # `[T]`, right answers
     n_items: int,  # V
     n_drawn: int | None = None,  # other items that are drawn; `None`: the whole catalogue
+    known_items: Tensor | None = None,  # `[K]` items with training events; `None`: all V
 ) -> StepItems:
     "List the items of histories and candidates. Raises `ValueError` for `n_drawn` below 1."
-    if n_drawn is None:
+    if n_drawn is None and known_items is None:
         ids = torch.arange(n_items + 1, device=item_seq.device)
         return StepItems(ids, item_seq, pos_item - 1)
-    if n_drawn < 1:
+    if n_drawn is not None and n_drawn < 1:
         raise ValueError("n_drawn (n_candidates of a model) must be at least 1, "
                          f"got {n_drawn}; None compares with all")
-    chosen, target, log_weight = draw_candidates(pos_item, n_items, n_drawn)
-    ids, place = torch.cat([item_seq.flatten(), chosen]).unique(return_inverse=True)
-    seen, candidate = place.split((item_seq.numel(), len(chosen)))
+    chosen, target, log_weight = draw_candidates(pos_item, n_items, n_drawn, known_items)
+    looked_at = torch.cat([item_seq.new_zeros(1), item_seq.flatten(), chosen])
+    ids, place = looked_at.unique(return_inverse=True)
+    _, seen, candidate = place.split((1, item_seq.numel(), len(chosen)))
+    if n_drawn is None: log_weight = None
     return StepItems(ids, seen.view_as(item_seq), target, log_weight, candidate)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .layers import ContentAdapter, SequenceEncoder, check_features, last_outputs
 from .losses import full_softmax_cross_entropy, items_of_step
-from ..core import check_shape
+from ..core import check_shape, from_main
 from ..data.sequences import Batch
 from ..features.encoders import Catalogue
 
@@ -33,7 +33,7 @@ class IDEmbedding(nn.Embedding):
     ):
         zeros = None if std else torch.zeros(n_items + 1, hidden_size)
         super().__init__(n_items + 1, hidden_size, padding_idx=0, _weight=zeros)
-        self.std, self.item_tokens = std, None
+        self.std, self.item_tokens, self.is_fresh = std, None, True
 
     @property
     def n_items(self) -> int: return self.num_embeddings - 1
@@ -42,18 +42,37 @@ class IDEmbedding(nn.Embedding):
         self,
         catalogue: Catalogue,  # the items to have vectors for from now on
     ) -> None:
-        "Keep the vectors of the items that stay, draw those of new items from N(0, std)."
+        "Keep the vectors of items that stay; draw the first from N(0, std); later ones are zero."
         old, self.item_tokens = self.item_tokens, catalogue.item_tokens
         waits = old is None and len(self.item_tokens) == self.num_embeddings  # loaded weights do
         if waits or old is not None and list(old) == list(self.item_tokens): return
         weight = torch.zeros(len(self.item_tokens), self.embedding_dim)
-        if self.std: weight[1:] = torch.randn(weight.shape)[1:] * self.std
+        if self.std and old is None: weight[1:] = torch.randn(weight.shape)[1:] * self.std
         weight = weight.to(self.weight)
         row_of = {token: row for row, token in enumerate(old or ()) if row}
         kept = [(row, row_of[t]) for row, t in enumerate(self.item_tokens) if t in row_of]
         new, before = torch.tensor(kept, dtype=torch.long, device=weight.device).view(-1, 2).T
         weight[new] = self.weight.detach()[before]
         self.weight, self.num_embeddings = nn.Parameter(weight), len(weight)
+
+    @torch.no_grad()
+    def prepare_for(
+        self,
+        ids: Tensor,  # `[N]` catalogue rows with training events
+    ) -> None:
+        "Before training: zero the vectors of items that were never trained, draw those of new ids."
+        if self.is_fresh:
+            never = torch.ones(len(self.weight), dtype=torch.bool).index_fill(0, ids.cpu(), False)
+            self.weight[never.to(ids.device)] = 0
+        new = ids[~self.weight[ids].any(1)]
+        if self.std and len(new):
+            drawn = from_main(lambda: self.std * torch.randn(len(new), self.embedding_dim))
+            self.weight[new] = drawn.to(self.weight)
+        self.is_fresh = False
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.is_fresh = False
 
 # %% ../../nbs/36_blocks.towers.ipynb #modality-sizes
 def modality_sizes(
@@ -177,9 +196,10 @@ def next_item_softmax(
     temperature: float = 1.0,  # tau
     n_candidates: int | None = None,  # sample so many items, see `draw_candidates`; `None`: all
     cosine: bool = False,  # compare directions only
+    known_items: Tensor | None = None,  # `[K]` items with training events; `None`: all
 ) -> Tensor:  # a single number
     "Cross-entropy of the next items against the catalogue, at every asked position."
-    step = items_of_step(batch.item_seq, batch.pos_item, n_items, n_candidates)
+    step = items_of_step(batch.item_seq, batch.pos_item, n_items, n_candidates, known_items)
     table = item_vectors(step.ids)
     u = encode_streams(encoder, look_up(table, step.place), batch, batch.positions)
     items = step.candidates(table)
@@ -189,15 +209,16 @@ def next_item_softmax(
 
 # %% ../../nbs/36_blocks.towers.ipynb #next-item-terms
 def next_item_terms(
-    model: nn.Module,  # has a `catalogue`, a `temperature` and `n_candidates`
+    model: nn.Module,  # has `catalogue`, `temperature`, `n_candidates` and `known_items`
     encoder: nn.Module,  # see `encode_streams`
     item_vectors: Callable[[Tensor], Tensor],  # catalogue rows `[N]` to vectors `[N, S, D]`
     batch: Batch,  # with `pos_item [T]`, the items that came next
     cosine: bool = False,  # compare directions only
 ) -> dict[str, Tensor]:  # `"loss"`
     "Compute `next_item_softmax` of a model."
-    how = (model.temperature, model.n_candidates if model.training else None, cosine)
-    return {"loss": next_item_softmax(encoder, item_vectors, batch, model.catalogue.n_items, *how)}
+    n_drawn, known_items = (model.n_candidates if model.training else None), model.known_items
+    how = (model.catalogue.n_items, model.temperature, n_drawn, cosine, known_items)
+    return {"loss": next_item_softmax(encoder, item_vectors, batch, *how)}
 
 # %% ../../nbs/36_blocks.towers.ipynb #history-attention
 def history_attention(

@@ -20,13 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..blocks.augment import append_mask, cloze
 from ..blocks.layers import Dropout, SequenceEncoder, init_weights
-from ..blocks.losses import full_softmax_cross_entropy
+from ..blocks.losses import draw_candidates, full_softmax_cross_entropy
 from ..blocks.towers import (ContentEmbedding, IDEmbedding, history_attention,
                                     next_item_terms, read_histories, take_positions)
 from ..core import check_shape
 from ..data.sequences import TRAIN, Batch, SequenceStore, expand_prefixes, flat_ranges
 from ..features.encoders import Catalogue
-from ..recommender import Items, Recommender, asked_rows
+from ..recommender import Items, Recommender, asked_rows, released_quirks
 
 # %% ../../nbs/50_models.baselines.ipynb #item-counts
 class ItemCounts(nn.Module):
@@ -240,8 +240,10 @@ class GRU4Rec(Recommender):
         temperature: float = 1.0,  # scores are divided by it
         *,
         n_candidates: int | None = None,  # sample so many items a step, see `draw_candidates`
+        released: tuple[str, ...] = (),  # quirks of released code to follow
     ):
         super().__init__()
+        self.released = released_quirks(released, self.quirks)
         self.max_len, self.temperature, self.n_candidates = max_len, temperature, n_candidates
         self.item_emb = IDEmbedding(n_items, hidden_size, std=0.1)
         self.encoder = GRUEncoder(hidden_size, state_size, n_gru_layers, dropout)
@@ -313,8 +315,10 @@ class SASRec(Recommender):
         temperature: float = 1.0,  # scores are divided by it
         *,
         n_candidates: int | None = None,  # sample so many items a step, see `draw_candidates`
+        released: tuple[str, ...] = (),  # quirks of released code to follow
     ):
         super().__init__()
+        self.released = released_quirks(released, self.quirks)
         self.max_len, self.temperature, self.n_candidates = max_len, temperature, n_candidates
         self.item_emb = IDEmbedding(n_items, hidden_size)
         self.encoder = SequenceEncoder(hidden_size, n_layers, n_heads, inner_size, dropout,
@@ -367,8 +371,11 @@ class BERT4Rec(Recommender):
         max_len: int = 50,  # longest history, in items
         cloze_rate: float = 0.2,  # rho, share of the history's items that are hidden in training
         temperature: float = 1.0,  # scores are divided by it
+        *,
+        released: tuple[str, ...] = (),  # quirks of released code to follow
     ):
         super().__init__()
+        self.released = released_quirks(released, self.quirks)
         self.max_len, self.temperature, self.cloze_rate = max_len, temperature, cloze_rate
         self.item_emb = IDEmbedding(n_items, hidden_size)
         self.mask_emb = nn.Embedding(1, hidden_size)
@@ -403,10 +410,11 @@ class BERT4Rec(Recommender):
         self,
         batch: Batch,  # histories with `pos_item [B]`, the items that came next
     ) -> dict[str, Tensor]:  # `"loss"`; in evaluation only the next item is hidden
-        rows = cloze(batch, self.catalogue.n_items, self.cloze_rate if self.training else 0)
-        u, c = fill_gaps(self.encoder, self.input_vectors, rows), self.encode_items().vectors
-        return {"loss": full_softmax_cross_entropy(u[:, None], c, rows.pos_item - 1,
-                                                   self.temperature)}
+        n_items, rate = self.catalogue.n_items, self.cloze_rate if self.training else 0
+        rows = cloze(batch, n_items, rate, self.known_items)
+        ids, target, _ = draw_candidates(rows.pos_item, n_items, known_items=self.known_items)
+        u, c = fill_gaps(self.encoder, self.input_vectors, rows), self.encode_items(ids).vectors
+        return {"loss": full_softmax_cross_entropy(u[:, None], c, target, self.temperature)}
 
     def attention(
         self,
@@ -456,8 +464,10 @@ class ContentSASRec(Recommender):
         temperature: float = 0.07,  # tau; cosines are divided by it
         *,
         n_candidates: int | None = None,  # sample so many items a step, see `draw_candidates`
+        released: tuple[str, ...] = (),  # quirks of released code to follow
     ):
         super().__init__()
+        self.released = released_quirks(released, self.quirks)
         self.max_len, self.temperature, self.n_candidates = max_len, temperature, n_candidates
         self.content = ContentEmbedding(text_size, image_size, hidden_size)
         self.encoder = SequenceEncoder(hidden_size, n_layers, n_heads, inner_size, dropout,

@@ -420,7 +420,8 @@ def interest_finetuning(
     "Compute the cross-entropy over the catalogue, and the likeness of interests."
     batch, n_drawn = expand_prefixes(batch, batch.positions), model.n_candidates
     if not model.training: n_drawn = None
-    step = items_of_step(batch.item_seq, batch.pos_item, model.catalogue.n_items, n_drawn)
+    n_items, known_items = model.catalogue.n_items, model.known_items
+    step = items_of_step(batch.item_seq, batch.pos_item, n_items, n_drawn, known_items)
     ids = None if step.candidate is None else step.ids  # all, or those that the step looks at
     tokens = model.items.adapters(ids)
     u, contexts = _read(model, tokens, batch, ids)
@@ -503,7 +504,8 @@ def interest_pretraining(
 # %% ../../nbs/55_models.missrec.ipynb #missrec
 class MISSRec(Recommender):
     "Pre-training and transferring multi-modal interest-aware representation (arXiv 2308.11175)."
-    quirks = ("false_negatives", "missing_bias", "item_drop_alignment", "diversity")
+    quirks = ("false_negatives", "missing_bias", "item_drop_alignment", "diversity",
+              "untrained_negatives")
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from ..blocks.towers import ContentEmbedding, look_up, take_positions
 from ..core import check_shape, n_processes, process_index
 from ..data.sequences import TRAIN, Batch, SequenceStore, expand_prefixes
 from ..features.encoders import Catalogue
-from ..recommender import Items, Recommender, asked_rows
+from ..recommender import Items, Recommender, asked_rows, released_quirks
 
 # %% ../../nbs/54_models.mmsrec.ipynb #item-tokens
 class ItemTokens(ContentEmbedding):
@@ -256,8 +256,8 @@ def gap_softmax(
     "Cross-entropy at hidden positions; in evaluation only the next item is hidden."
     n_items, tau = model.catalogue.n_items, model.temperature
     rate, n_drawn = (model.cloze_rate, model.n_candidates) if model.training else (0.0, None)
-    batch = cloze(batch, n_items, rate)
-    ids, target, weight = draw_candidates(batch.pos_item, n_items, n_drawn)
+    batch = cloze(batch, n_items, rate, model.known_items)
+    ids, target, weight = draw_candidates(batch.pos_item, n_items, n_drawn, model.known_items)
     u, c = model.towers.history_vectors(batch)[:, None], model.item_vectors(ids)[:, None]
     return {"loss": full_softmax_cross_entropy(u, c, target, tau, log_weight=weight)}
 
@@ -284,8 +284,10 @@ class MMSRec(Recommender):
         items_at_once: int = 2048,  # items of a block
         deep_items: bool = True,  # `False`: the input transforms alone, instead of the item tower
         centred: bool = True,  # centre features, see `Centring`
+        released: tuple[str, ...] = (),  # quirks of released code to follow
     ):
         super().__init__()
+        self.released = released_quirks(released, self.quirks)
         if n_candidates is not None and n_candidates < 1:
             raise ValueError(f"n_candidates must be at least 1, got {n_candidates}; None takes all")
         self.max_len, self.temperature, self.n_candidates = max_len, temperature, n_candidates

@@ -104,7 +104,8 @@ def stream_pretraining(
 class MP4SR(Recommender):
     "Multimodal Pre-training for Sequential Recommendation (arXiv 2303.11879; ACM TORS 2024)."
     causal, default_projections = True, True
-    quirks = ("false_negatives", "cmcl_rows", "untrained_pooling", "padded_pooling")
+    quirks = ("false_negatives", "cmcl_rows", "untrained_pooling", "padded_pooling",
+              "untrained_negatives")
 
     def __init__(
         self,
@@ -173,8 +174,8 @@ class MP4SR(Recommender):
         self,
         batch: Batch,  # with `pos_item [T]`, the items that came next
     ) -> dict[str, Tensor]:  # `"loss"`
-        draws = self.training and self.n_candidates
-        vectors = self.item_vectors if draws else lambda ids: self.item_vectors()
+        takes_some = self.training and self.n_candidates or self.known_items is not None
+        vectors = self.item_vectors if takes_some else lambda ids: self.item_vectors()
         return next_item_terms(self, self.m2se.encoder, vectors, batch, cosine=True)
 
     def pretrain_loss(

@@ -133,7 +133,7 @@ def text_pretraining(
 # %% ../../nbs/51_models.unisrec.ipynb #unisrec
 class UniSRec(Recommender):
     "Universal Sequence Representation learning for recommendation (arXiv 2206.05941; KDD 2022)."
-    causal, quirks = True, ("false_negatives",)
+    causal, quirks = True, ("false_negatives", "untrained_negatives")
 
     def __init__(
         self,
