@@ -62,8 +62,7 @@ class Recommender(nn.Module, PyTorchModelHubMixin):
     "Base class of all systems: towers for items and histories, losses, answers, saving."
     causal, has_pretraining = False, False  # trains all positions in one pass; has `pretrain_loss`
     catalogue, max_len, temperature = None, 50, 1.0  # items; longest history; divides scores
-    quirks, released = ("untrained_negatives",), frozenset()  # see `released_quirks`
-    known_items = None  # `[K]` rows of items with training events, see `note_known_items`
+    quirks, released, known_items = ("untrained_negatives",), frozenset(), None  # see below
 
     @property
     def device(self) -> torch.device: return _device_of(self)
@@ -80,8 +79,7 @@ class Recommender(nn.Module, PyTorchModelHubMixin):
         store: SequenceStore,  # only its training events may be looked at
         epoch: int,  # counted from 0
     ) -> None:
-        "Prepare for an epoch: see `note_known_items` and `fit_parts`."
-        note_known_items(self, store)
+        "Prepare for an epoch: note the items of training, of which parts take statistics, once."
         fit_parts(self, store)
 
     def encode_items(
@@ -187,6 +185,7 @@ def fit_parts(
     store: SequenceStore,
 ) -> None:
     "Let each part that wants it take statistics over the items of the training events."
+    note_known_items(model, store)
     parts = [part for part in model.children() if hasattr(part, "fit_statistics")]
     if not parts: return
     ids = torch.from_numpy(store.training_items).to(model.device)

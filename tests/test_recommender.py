@@ -48,6 +48,9 @@ def test_id_embedding_follows_tokens():
     new_names = [*reversed(names[99:]), *(f"new{i}" for i in range(400))]
     item_emb.set_catalogue(shop(new_names))
     for row, token in enumerate(new_names[:400], 1): assert torch.equal(item_emb.weight[row], old[int(token[1:])]), token
+    assert not item_emb.weight[401:].any()  # nothing has trained the vectors of new items
+    item_emb.prepare_for(torch.arange(1, 801))
+    for row, token in enumerate(new_names[:400], 1): assert torch.equal(item_emb.weight[row], old[int(token[1:])]), token
     fresh = item_emb.weight[401:].detach()
     assert fresh.std().item() == pytest.approx(.05, rel=.03) and abs(fresh.mean().item()) < .002
     assert not item_emb.weight[0].any() and item_emb.padding_idx == 0 and item_emb.weight.requires_grad
