@@ -338,9 +338,9 @@ def test_finetuning_with_gaps_everywhere_equals_loops(deep):
 
 def test_gaps_are_drawn_in_training_only(monkeypatch):
     rates = []
-    def noting(batch, n_items, rate):
+    def noting(batch, n_items, rate, known_items):
         rates.append((n_items, rate))
-        return cloze(batch, n_items, rate)
+        return cloze(batch, n_items, rate, known_items)
     monkeypatch.setattr(mmsrec, "cloze", noting)
     model = build("content_mmsrec", cloze_rate=.3)
     for training in (True, False): model.train(training).finetune_loss(asking())

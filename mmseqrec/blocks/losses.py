@@ -186,8 +186,8 @@ def items_of_step(
         raise ValueError("n_drawn (n_candidates of a model) must be at least 1, "
                          f"got {n_drawn}; None compares with all")
     chosen, target, log_weight = draw_candidates(pos_item, n_items, n_drawn, known_items)
-    looked_at = torch.cat([item_seq.new_zeros(1), item_seq.flatten(), chosen])
-    ids, place = looked_at.unique(return_inverse=True)
-    _, seen, candidate = place.split((1, item_seq.numel(), len(chosen)))
+    padding = item_seq.new_zeros(int(n_drawn is None))  # as where all items are known
+    ids, place = torch.cat([padding, item_seq.flatten(), chosen]).unique(return_inverse=True)
+    _, seen, candidate = place.split((len(padding), item_seq.numel(), len(chosen)))
     if n_drawn is None: log_weight = None
     return StepItems(ids, seen.view_as(item_seq), target, log_weight, candidate)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmseqrec.blocks.augment import draw_item_drop, drop_items
 from mmseqrec.blocks.contrastive import sequence_item_loss, sequence_sequence_loss
 
-from mmseqrec.blocks.losses import full_softmax_cross_entropy, interest_diversity
+from mmseqrec.blocks.losses import draw_candidates, full_softmax_cross_entropy, interest_diversity
 from mmseqrec.data.sequences import Batch
 from mmseqrec.models.baselines import SASRec
 from mmseqrec.models.missrec import MISSRec
@@ -52,7 +52,8 @@ def reference_loss(
         loss = (sequence_item_loss(scores, batch.pos_item, model.temperature) + model.sequence_weight *
                 sequence_sequence_loss(h[:, 0], other[:, 0], batch.pos_item, model.temperature))
         return {"loss": loss + model.diversity_weight * (diversity + diversity_of_other)}
-    items = model.encode_items()
+    ids, target, _ = draw_candidates(batch.pos_item, model.catalogue.n_items, known_items=model.known_items)
+    items = model.encode_items(ids)
     score = lambda u, vectors: model.score(u, replace(items, vectors=vectors))
-    loss = full_softmax_cross_entropy(h, items.vectors, batch.pos_item - 1, model.temperature, score)
+    loss = full_softmax_cross_entropy(h, items.vectors, target, model.temperature, score)
     return {"loss": loss if diversity is None else loss + model.diversity_weight * diversity}
