@@ -172,7 +172,7 @@ def test_parameters_by_hand():
     encoder = L * D + 2 * D + 2 * block
     count = lambda model: sum(p.numel() for p in model.parameters())
     assert count(build("sasrec")) == (V + 1) * D + encoder
-    assert count(build("bert4rec")) == (V + 1) * D + D + encoder + D  # the vector of [MASK], and its position
+    assert count(build("bert4rec")) == (V + 1) * (D + 1) + D + encoder + D + D * D + 3 * D  # [MASK], its position, head
     assert count(build("gru4rec")) == (V + 1) * D + 3 * 24 * (D + 24) + 24 * D + D
     assert count(build("content_text")) == TEXT_SIZE * D + 3 * D + encoder
     assert count(build("content_both")) == (TEXT_SIZE + IMAGE_SIZE) * D + 6 * D + encoder
@@ -275,11 +275,15 @@ def filled_by_hand(model, history):
     "Put a [MASK] behind one history and compare what the encoder makes of it with every item."
     x = torch.stack([*(model.item_emb.weight[i] for i in history), model.mask_emb.weight[0]])[None]
     u = model.encoder(x, torch.zeros(1, len(history) + 1, dtype=torch.bool))[0, -1]
-    return torch.stack([u @ model.item_emb.weight[i] for i in range(1, V + 1)])
+    linear, _, norm = model.head
+    u = norm(torch.nn.functional.gelu(linear.weight @ u + linear.bias))
+    return torch.stack([u @ model.item_emb.weight[i] + model.item_bias.weight[i, 0] for i in range(1, V + 1)])
 
 
 def test_bert4rec_fills_the_gap_at_the_end():
     model, histories = build("bert4rec").double(), [[1, 2, 3], [7], [4, 5, 6, 6, 1], list(range(1, 11))]
+    assert not model.item_bias.weight.any(), "biases begin at zero"
+    torch.nn.init.normal_(model.item_bias.weight)
     expected = torch.stack([filled_by_hand(model, h) for h in histories])
     torch.testing.assert_close(scores(model, histories), expected, **CLOSE)
 
@@ -339,6 +343,7 @@ def test_bert4rec_looks_both_ways():
 def test_loss_of_bert4rec_place_by_place(rate):
     "The hidden places of a seeded draw, each encoded and scored on its own."
     model = build("bert4rec", dropout=0., attention_dropout=0., cloze_rate=rate).double()
+    torch.nn.init.normal_(model.item_bias.weight)
     batch = prefix_batches(make_store(), TRAIN, 16, 10)[0]
     set_seed(3)
     rows, total = cloze(batch, V, rate), 0.
@@ -347,7 +352,7 @@ def test_loss_of_bert4rec_place_by_place(rate):
         b, column = divmod(place, rows.item_seq.shape[1])
         history = rows.item_seq[b, :rows.item_seq_len[b]]
         u = model.encoder(vectors[history][None], torch.zeros(1, len(history), dtype=torch.bool))[0, column]
-        logits = model.item_emb.weight[1:] @ u
+        logits = model.item_emb.weight[1:] @ model.head(u) + model.item_bias.weight[1:, 0]
         total += torch.logsumexp(logits, 0) - logits[target - 1]
     set_seed(3)
     found = model.train().finetune_loss(batch)["loss"]

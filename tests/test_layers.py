@@ -235,6 +235,19 @@ def test_initial_weights():
     assert not module["emb"].weight.grad[0].any() and module["emb"].weight.grad[1].all()
 
 
+@pytest.mark.parametrize("size", [1e-9, 1., 1e4])
+def test_centring_does_not_enlarge_rounding_errors(size):
+    "Equal features stay equal to nothing at any scale; features that differ are scaled to a spread of 1."
+    row = size * torch.randn(1, 5, generator=torch.Generator().manual_seed(0))
+    centring = Centring(5)
+    centring.fit_statistics(row.repeat(1001, 1))
+    assert centring.spread == 1 and centring(row).abs().max() <= 1e-5 * size
+    centring.fit_statistics(row * torch.linspace(.99, 1.01, 1001)[:, None])
+    assert centring(row * torch.linspace(.99, 1.01, 1001)[:, None]).square().mean().sqrt() == pytest.approx(1, rel=1e-3)
+    centring.fit_statistics(torch.zeros(3, 5))
+    assert centring.spread == 1
+
+
 def test_centring_equals_loops():
     rows = 3 * torch.randn(9, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 7
     centring = Centring(4).double()

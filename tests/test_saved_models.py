@@ -2,7 +2,8 @@
 
 Each folder of `saved_models` was made there by `build(name, **options)` of `small_world.py`, two epochs of `fit` with
 lr=.01 on `make_store()`, and `save_pretrained(with_catalogue=False)`. `expected.json` holds the scores of `HISTORIES`
-and, after `set_seed(3)`, the losses of the first batch of 64 in training mode. Weights and arguments had other names.
+and, after `set_seed(3)`, the losses of the first batch of 64 in training mode. Weights and arguments had other names. BERT4Rec is not among
+them: it has had an output layer since then.
 """
 import json
 from pathlib import Path
@@ -23,7 +24,7 @@ MP4SR = ("false_negatives", "cmcl_rows", "padded_pooling", "untrained_pooling")
 MISSREC = ("missing_bias", "false_negatives", "item_drop_alignment", "diversity")
 CASES = {  # folder -> name in `small_world.py`, and today's name of the options
     "popularity": ("popularity", {}), "markov": ("markov", {}), "sasrec": ("sasrec", {}), "gru4rec": ("gru4rec", {}),
-    "bert4rec": ("bert4rec", {}), "content_both": ("content_both", {}),
+    "content_both": ("content_both", {}),
     "unisrec": ("unisrec", dict(released=("false_negatives",))), "mp4sr": ("content_mp4sr", dict(released=MP4SR)),
     "msm4sr": ("content_msm4sr", {}), "mmsrec": ("content_mmsrec", {}),
     "missrec": ("missrec", dict(candidate_fusion="per_item")), "released_missrec": ("content_missrec", dict(released=MISSREC))}

@@ -173,10 +173,12 @@ class Centring(nn.Module):
         self,
         features: Tensor,  # `[N, feature_size]` of training items that have this modality
     ) -> None:
-        "Take centre and spread from some features."
+        "Take centre and spread from some features; a spread of mere rounding errors counts as 1."
         if not len(features): return
         self.center.copy_(features.mean(0))
-        self.spread.copy_((features - self.center).square().mean().sqrt().clamp(min=1e-6))
+        spread = (features - self.center).square().mean().sqrt()
+        is_rounding = spread <= 16 * torch.finfo(features.dtype).eps * features.abs().max()
+        self.spread.copy_(torch.where(is_rounding, 1, spread))
 
     def forward(
         self,

@@ -381,7 +381,10 @@ class BERT4Rec(Recommender):
         self.mask_emb = nn.Embedding(1, hidden_size)
         self.encoder = SequenceEncoder(hidden_size, n_layers, n_heads, inner_size, dropout,
                                        attention_dropout, max_len + 1, causal=False)
+        self.head = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(),
+                                  nn.LayerNorm(hidden_size, eps=1e-12))
         init_weights(self)
+        self.item_bias = IDEmbedding(n_items, 1, std=0)
 
     def input_vectors(
         self,
@@ -394,17 +397,24 @@ class BERT4Rec(Recommender):
     def encode_items(
         self,
         ids: Tensor | None = None,  # `[N]` catalogue rows; all by default
-    ) -> Items:  # vectors `[N, 1, D]`
+    ) -> Items:  # `[N, 1, D + 1]`, the bias behind the vector
         ids = asked_rows(self, ids)
-        return Items(self.item_emb(ids)[:, None], ids)
+        return Items(torch.cat([self.item_emb(ids), self.item_bias(ids)], -1)[:, None], ids)
+
+    def gap_vectors(
+        self,
+        rows: Batch,  # with hidden positions; which are asked, ascending
+    ) -> Tensor:  # `[T, 1, D + 1]`, a 1 behind the vector, for the bias
+        u = self.head(fill_gaps(self.encoder, self.input_vectors, rows))
+        return F.pad(u, (0, 1), value=1)[:, None]
 
     def encode_sequence(
         self,
         batch: Batch,  # B histories
         positions: Tensor | None = None,  # `[T]` flat positions; default: the last of each row
-    ) -> Tensor:  # `[T, 1, D]`, what stands at a [MASK] after each asked position
-        rows = append_mask(expand_prefixes(batch, positions), self.catalogue.n_items + 1)
-        return fill_gaps(self.encoder, self.input_vectors, rows)[:, None]
+    ) -> Tensor:  # `[T, 1, D + 1]`, what stands at a [MASK] after each asked position
+        prefixes = expand_prefixes(batch, positions)
+        return self.gap_vectors(append_mask(prefixes, self.catalogue.n_items + 1))
 
     def finetune_loss(
         self,
@@ -413,8 +423,8 @@ class BERT4Rec(Recommender):
         n_items, rate = self.catalogue.n_items, self.cloze_rate if self.training else 0
         rows = cloze(batch, n_items, rate, self.known_items)
         ids, target, _ = draw_candidates(rows.pos_item, n_items, known_items=self.known_items)
-        u, c = fill_gaps(self.encoder, self.input_vectors, rows), self.encode_items(ids).vectors
-        return {"loss": full_softmax_cross_entropy(u[:, None], c, target, self.temperature)}
+        u, c = self.gap_vectors(rows), self.encode_items(ids).vectors
+        return {"loss": full_softmax_cross_entropy(u, c, target, self.temperature)}
 
     def attention(
         self,
