@@ -125,8 +125,8 @@ class _Data:
 class _Marketplace:
     "the marketplace"
     domain: str = _setting("kitchen", "which shop", choices=("kitchen", "wardrobe", "toys"))
-    n_users: int = _setting(3000, "users before the k-core", low=1)
-    n_items: int = _setting(500, "items before the k-core", low=1)
+    n_users: int = _setting(2000, "users before the k-core", low=1)
+    n_items: int = _setting(1200, "items before the k-core", low=1)
     data_seed: int = _setting(0, "seed of the marketplace")
 
 # %% ../nbs/46_config.ipynb #features
@@ -134,8 +134,10 @@ class _Marketplace:
 class _Features:
     "texts and images"
     text_encoder: str = _setting(
-        "auto", "checkpoint name or folder; shipped is the package's own CLIP", metavar="NAME")
-    image_encoder: str = _setting("auto", "as --text-encoder, for images", metavar="NAME")
+        "auto", "checkpoint name or folder; shipped: the package's own; lsa: TF-IDF and SVD, fitted "
+        "to the training items", metavar="NAME")
+    image_encoder: str = _setting(
+        "auto", "checkpoint name or folder; shipped: the package's own CLIP", metavar="NAME")
     text_features: str | None = _setting(
         None, ".npy, a row for each line of the table of items: taken instead of encoding texts",
         metavar="FILE")

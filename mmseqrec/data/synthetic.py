@@ -909,8 +909,8 @@ def _planted_interests(shop):
 # %% ../../nbs/10_data.synthetic.ipynb #make-marketplace
 def make_marketplace(
     domains: tuple[str, ...] = ("kitchen", "wardrobe", "toys"),  # shops to open, or one name
-    n_users: int = 3000,  # users of each domain, at least 1
-    n_items: int = 500,  # items of each domain, at least 8
+    n_users: int = 2000,  # users of each domain, at least 1
+    n_items: int = 1200,  # items of each domain, at least 8
     seed: int = 0,
     *,
     n_interests: int = 8,  # C, planted interests of each domain

@@ -34,6 +34,7 @@ from ..evaluation import Evaluation, evaluate, user_means
 from ..features.encoders import (Catalogue, ResolvedEncoders, build_catalogue,
                                         catalogue_from_arrays, resolve_encoders)
 from ..features.keywords import Keywords, keyword_catalogue, load_word_encoder
+from ..features.sentences import fit_lsa, save_lsa
 from ..figures import COLORS
 from ..metrics import bootstrap_interval, paired_test
 from ..models.baselines import BERT4Rec, ContentSASRec, GRU4Rec, Markov, Popularity, SASRec
@@ -225,21 +226,32 @@ def _read_tables(config, folder, seconds, progress):
         items = read_items(*paths[1:], config.item_column, config.text_columns, config.image_column)
         checked = check_images(items.align(kept.item_tokens), progress=progress)
     with _timed(seconds, "features"):
-        catalogue, encoders, note = _features(config, checked.table, paths[1], folder, progress)
+        catalogue, encoders, note = _features(config, checked.table, split, paths[1], folder,
+                                              progress)
     return _Shop(source, split, checked.table, catalogue, encoders,
                  [note, *notes, *_data_notes(config, events, kept, checked), *catalogue.report])
+
+# %% ../../nbs/60_experiments.run.ipynb #load-encoders
+def _load_encoders(config, table, split, folder):
+    "Load the encoders of a run; `lsa` reads the texts of the training items only."
+    texts = [" ".join(table.texts[row]) for row in np.flatnonzero(~split.unseen_item_mask)]
+    def fit_texts():
+        encoder = fit_lsa([text for text in texts if text])
+        from_main(lambda: save_lsa(encoder, folder / "lsa"))
+        return encoder
+    default = "shipped" if config.interactions is None and config.source is None else "auto"
+    asked = (config.text_encoder, config.image_encoder)
+    return resolve_encoders(*(default if name == "auto" else name for name in asked),
+                            device=config.device, fit_texts=fit_texts)
 
 # %% ../../nbs/60_experiments.run.ipynb #features
 _GIVEN = "Features were given as files; nothing was encoded."
 
-def _features(config, table, items_path, folder, progress):
+def _features(config, table, split, items_path, folder, progress):
     "Encode texts and images, or take ready features; return (catalogue, encoders, sentence)."
     if config.text_features or config.image_features:
         return _given_features(config, table, items_path), None, _GIVEN
-    default = "shipped" if config.interactions is None and config.source is None else "auto"
-    asked = (config.text_encoder, config.image_encoder)
-    encoders = resolve_encoders(*(default if name == "auto" else name for name in asked),
-                                device=config.device)
+    encoders = _load_encoders(config, table, split, Path(folder) / "features")
     drops_words = any(SYSTEMS[name].drops_words for name in config.systems or STANDARD)
     catalogue = build_catalogue(table, encoders.text, encoders.image, Path(folder) / "features",
                                 word_drop=config.word_drop * drops_words, progress=progress)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, compress
 from pathlib import Path
@@ -286,6 +286,11 @@ class TextEncoder(Encoder):
 
     def length(self, text: str) -> int: return len(text)  # in characters
 
+    def n_cut(self, texts: Sequence[str]) -> int:  # how many are longer than it reads
+        options = dict(truncation=True, max_length=self.max_tokens + 1)
+        tokens = self.tokenizer(list(texts), **options)["input_ids"] if len(texts) else []
+        return sum(len(row) > self.max_tokens for row in tokens)
+
     def read(self, text: str) -> str:
         "Return the text with single spaces; raise `ValueError` if nothing is left."
         words = " ".join(str(text).split())
@@ -344,9 +349,9 @@ class ImageEncoder(Encoder):
 _SAFE = dict(use_safetensors=True, trust_remote_code=False)
 
 @quiet_transformers()
-def _load_model(name):
+def _load_model(name, shipped="clip"):
     "Load `(network, folder or hub name, is in the hub's cache, pooler is untrained)` of a name."
-    folder = artifact_path("clip") if name == "shipped" else name
+    folder = artifact_path(shipped) if name == "shipped" else name
     cached = not Path(folder).is_dir() and _find_on_hub(str(name))
     options = dict(output_loading_info=True, local_files_only=cached, **_SAFE)
     try: model, info = transformers.AutoModel.from_pretrained(folder, **options)
@@ -368,7 +373,7 @@ def _find_on_hub(name):
     cached = _is_cached(name)
     if not cached and (reason := _hub_silence()):
         raise FileNotFoundError(f"{name}: neither a folder nor in the cache, and {reason}; pass a "
-                                "folder, or 'shipped' for the CLIP that comes with mmseqrec")
+                                "folder, or 'shipped' for the encoder that comes with mmseqrec")
     return cached
 
 def _is_cached(name):
@@ -419,7 +424,7 @@ def resolve_pooling(
 @quiet_transformers()
 def load_text_encoder(
     name: str | Path = "shipped",  # `"shipped"`, folder, or hub name
-    pooling: str = "auto",  # `"auto"`, `"mean"`, `"cls"` or `"clip"`
+    pooling: str = "auto",  # `"auto"`, `"mean"`, `"cls"`, or `"clip"` for a CLIP's text tower
     normalize: bool | None = None,  # scale rows to length 1; `None` does as `modules.json` says
     max_tokens: int | None = None,  # cut longer texts; `None`: where the checkpoint does
     device: str = "auto",  # where the network runs
@@ -427,7 +432,8 @@ def load_text_encoder(
     """Load a frozen text encoder.
 
     Raises `FileNotFoundError` or `ValueError` that say what is wrong with the checkpoint."""
-    model, folder, cached, _ = _load_model(name)
+    shipped = "clip" if pooling == "clip" else "sentences"
+    model, folder, cached, _ = _load_model(name, shipped)
     if pooling == "auto": pooling = resolve_pooling(folder, model)
     fitting = ["clip"] if hasattr(model, "get_text_features") else ["mean", "cls"]
     if pooling not in fitting:
@@ -480,27 +486,34 @@ class ResolvedEncoders(NamedTuple):
     note: str
 
 def resolve_encoders(
-    text: str | Path = "auto",  # `"auto"`, `"shipped"`, folder, or hub name
+    text: str | Path = "auto",  # `"auto"`, `"shipped"`, `"lsa"`, folder, or hub name
     image: str | Path = "auto",  # `"auto"`, `"shipped"`, folder, or hub name
     device: str = "auto",  # where the networks run
+    fit_texts: Callable[[], TextEncoder] | None = None,  # makes the text encoder `"lsa"`
 ) -> ResolvedEncoders:  # `(text, image, note)`
-    "Load the encoders asked for; `auto` is the published checkpoint, or else the shipped CLIP."
-    text, about_text = _resolve("text", text, load_text_encoder, device)
+    "Load encoders; `auto` takes the first that can be had: published, `fit_texts`, shipped."
+    text, about_text = _resolve("text", text, load_text_encoder, device, fit_texts)
     image, about_image = _resolve("image", image, load_image_encoder, device)
     return ResolvedEncoders(text, image, f"Texts are {about_text} Pictures are {about_image}")
 
 # %% ../../nbs/21_features.encoders.ipynb #resolve-one
-def _resolve(kind, name, load, device):
+_LABELS = {("text", "shipped"): "the small sentence encoder shipped with mmseqrec",
+           ("image", "shipped"): "the small CLIP shipped with mmseqrec",
+           ("text", "lsa"): "TF-IDF and SVD, fitted to the texts of the training items"}
+
+def _resolve(kind, name, load, device, fit=None):
     "Load one encoder; return it with the end of a sentence that says which it is and why."
+    names, reasons = [name], []
+    if name == "auto": names = [PUBLISHED[kind], *(["lsa"] if fit else []), "shipped"]
+    for each in names:
+        try: encoder = fit() if fit and each == "lsa" else load(each, device=device)
+        except (OSError, ValueError) as error:
+            if each == names[-1]: raise
+            reasons.append(str(error))
+        else: break
     why = "the published default" if name == "auto" else "as asked"
-    if name == "auto": name = PUBLISHED[kind]
-    try: encoder = load(name, device=device)
-    except (OSError, ValueError) as error:
-        if why == "as asked": raise
-        name, why = "shipped", f"because {error}"
-        encoder = load(name, device=device)
-    label = "the small CLIP shipped with mmseqrec" if name == "shipped" else name
-    return encoder, f"encoded by {label} ({why})."
+    if reasons: why = f"because {'; and '.join(reasons)}"
+    return encoder, f"encoded by {_LABELS.get((kind, each), each)} ({why})."
 
 # %% ../../nbs/21_features.encoders.ipynb #neighbours
 def nearest_items(

@@ -296,12 +296,10 @@ def _encode_strings(strings, text_encoder, folder, dtype, progress):
     "Encode strings; return rows `[P, D]` and a report about those that are too long."
     name = str(dtype).removeprefix("torch.")
     table = encode_table(strings, text_encoder, folder, dtype=name, progress=progress)
-    longest, distinct = text_encoder.max_tokens, list(dict.fromkeys(strings))
-    options = dict(truncation=True, max_length=longest + 1)
-    tokens = text_encoder.tokenizer(distinct, **options)["input_ids"] if distinct else []
-    cut = sum(len(row) > longest for row in tokens)
-    report = [f"{cut} of {len(distinct)} keyword strings are cut to the {longest} tokens that "
-              f"{text_encoder.name} reads"] if cut else []
+    distinct = list(dict.fromkeys(strings))
+    cut = text_encoder.n_cut(distinct)
+    report = [f"{cut} of {len(distinct)} keyword strings are cut to the {text_encoder.max_tokens} "
+              f"tokens that {text_encoder.name} reads"] if cut else []
     return torch.from_numpy(table.take()).to(dtype), report
 
 # %% ../../nbs/22_features.keywords.ipynb #find-keywords

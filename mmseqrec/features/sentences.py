@@ -226,6 +226,8 @@ class LSAEncoder(TextEncoder):
         super(TextEncoder, self).__init__(_WordCounts(words, idf, directions), name, settings,
                                           "cpu")
 
+    def n_cut(self, texts: Sequence[str]) -> int: return 0  # texts of any length are read
+
     def encode_batch(
         self,
         texts: list[str],  # N texts
