@@ -119,6 +119,13 @@ class _Data:
         None, "column of file names", shown="search by item id", metavar="NAME")
     min_user: int = _setting(5, "k-core: fewest events of a user", low=1)
     min_item: int = _setting(5, "k-core: fewest events of an item", low=1)
+    split: str = _setting(
+        "leave-one-out", "leave-one-out: test on each user's last event, validate on the one "
+        "before; global-time: test on the last tenth of all events, validate on the tenth before",
+        choices=("leave-one-out", "global-time"))
+    new_items: float | None = _setting(
+        None, "share of the items that no training event has, to be ranked as new items",
+        type=at_least(float, 0), metavar="SHARE", shown=".05 of the marketplace, 0 of other data")
 
 # %% ../nbs/46_config.ipynb #marketplace
 @dataclass(frozen=True)
@@ -127,6 +134,8 @@ class _Marketplace:
     domain: str = _setting("kitchen", "which shop", choices=("kitchen", "wardrobe", "toys"))
     n_users: int = _setting(2000, "users before the k-core", low=1)
     n_items: int = _setting(1200, "items before the k-core", low=1)
+    arrivals: float = _setting(
+        0., "share of the items that come into the shop later, at times of their own", low=0)
     data_seed: int = _setting(0, "seed of the marketplace")
 
 # %% ../nbs/46_config.ipynb #features
@@ -194,6 +203,10 @@ class RunConfig(_Training, _Systems, _Features, _Marketplace, _Data):
 
     def __post_init__(self): _check_config(self)
 
+    @property
+    def is_marketplace(self) -> bool:  # True without a source and without tables
+        return self.source is None and self.interactions is None
+
     def to_dict(self) -> dict:  # plain values
         "Return what `from_dict` takes."
         return asdict(self)
@@ -222,5 +235,10 @@ def _check_config(config):
         raise ValueError(f"unknown system {unknown[0]!r}; there are {', '.join(SYSTEM_TITLES)}")
     if not config.seeds: raise ValueError("give at least one seed")
     if config.source and config.interactions: raise ValueError(_EITHER.format(config))
+    if config.new_items and (config.source or "").startswith("benchmark:"):
+        raise ValueError("a published split has its own test events: leave new_items out")
+    for name in ("new_items", "arrivals"):
+        if not 0 <= (getattr(config, name) or 0) < 1:
+            raise ValueError(f"{name} is a share of the items: give 0 or more, and less than 1")
     if not re.fullmatch(r"(recall|ndcg|mrr)@[1-9]\d*|mrr", config.metric):
         raise ValueError(_METRIC.format(config.metric))

@@ -7,7 +7,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/app.cli.html.md"""
 # %% auto #0
 __all__ = ['INPUT_ERRORS', 'COMMANDS', 'Parser', 'make_parser', 'resolve_config', 'check_device', 'default_folder', 'text_table',
            'run_table', 'run_command', 'changed_settings', 'error_sentence', 'main', 'load_recommender', 'run_of',
-           'known_events', 'events_of', 'evaluate_command', 'read_histories', 'recommend_command', 'embed_command']
+           'known_events', 'events_of', 'split_of', 'evaluate_command', 'read_histories', 'recommend_command',
+           'embed_command']
 
 # %% ../../nbs/81_app.cli.ipynb #imports
 import argparse
@@ -149,13 +150,28 @@ def run_table(
     from mmseqrec.app import report
     metric, systems, rows = run.config.metric, report.system_summaries(run), []
     baseline, shown = report.best_baseline(systems, metric), dict.fromkeys((metric, "recall@10"))
-    for system, row in zip(systems, mm.result_table(run, list(shown), baseline.key)):
+    table = mm.result_table(run, list(shown), baseline.key)
+    for system, row in zip([*systems, None], table):
         cells = [_INTERVAL.format_map(row[each]) for each in shown]
         versus = _DIFFERENCE.format_map(row["difference"]) if "difference" in row else ""
-        seconds = report.format_seconds(report.system_row(system)["seconds"])
-        rows.append([row["title"], *cells, versus, f"{row['n_parameters']:,}", seconds])
+        seconds = system and report.format_seconds(report.system_row(system)["seconds"])
+        rows.append([row["title"], *cells, versus, f"{row['n_parameters']:,}", seconds or "–"])
     columns = (*map(report.metric_title, shown), f"vs {baseline.title}", "parameters", "training")
-    return text_table(("system", *columns), rows)
+    return text_table(("system", *columns), rows) + _new_items_table(table)
+
+# %% ../../nbs/81_app.cli.ipynb #new-items-table
+_NEW_METRICS = {"recall@10": "Recall@10", "recall@50": "Recall@50", "ndcg@10": "NDCG@10"}
+
+def _new_items_table(table):
+    "Lay out how new items are ranked, below an empty line; empty if no test event has one."
+    found = {row["title"]: row["new_items"] for row in table if "new_items" in row}
+    first = next(iter(found.values()), {"n_events": 0})
+    if not first["n_events"]: return ""
+    rows = [[title, *(_INTERVAL.format_map(new[name]) for name in _NEW_METRICS)]
+            for title, new in found.items()]
+    rows.append(["chance", *(f"{first[name]['chance']:.3f}" for name in _NEW_METRICS)])
+    heading = f"\n\n{first['n_events']:,} test events of {first['n_items']:,} new items:\n\n"
+    return heading + text_table(("system", *_NEW_METRICS.values()), rows)
 
 # %% ../../nbs/81_app.cli.ipynb #run-command
 def run_command(
@@ -317,9 +333,23 @@ def events_of(
     settings = RunConfig().to_dict() | (run[1] if run else {})
     columns = [getattr(args, name) or settings[name] for name in _COLUMN_SETTINGS]
     if args.interactions is not None: return mm.read_interactions(args.interactions, *columns)
-    path = settings["interactions"] or run[0] / "data/interactions.csv"
+    end = "parquet" if settings["source"] else "csv"
+    path = settings["interactions"] or run[0] / f"data/interactions.{end}"
     events = mm.read_interactions(path, *columns)
     return mm.k_core(events, settings["min_user"], settings["min_item"])
+
+# %% ../../nbs/81_app.cli.ipynb #split-of
+def split_of(
+    args: argparse.Namespace,  # of `mmseqrec evaluate`
+    events,  # `Interactions` over the recommender's catalogue
+):  # `Split`
+    "Split events as the recommender's run did; those of `--interactions` leave-one-out."
+    from mmseqrec.experiments.run import split_events
+    run = run_of(args.model)
+    if args.interactions is not None or run is None: return mm.leave_one_out(events)
+    settings = {name: run[1][name] for name in RunConfig().to_dict() if name in run[1]}
+    config = RunConfig.from_dict({"new_items": 0.0} | settings)  # older runs had no new items
+    return split_events(events, config)
 
 # %% ../../nbs/81_app.cli.ipynb #evaluate-command
 def evaluate_command(
@@ -328,7 +358,7 @@ def evaluate_command(
 ) -> dict:  # what the JSON file holds
     "Rank held-out events with a saved recommender."
     model, events = load_recommender(args.model, args.device), events_of(args)
-    split = mm.leave_one_out(known_events(events, model.catalogue.item_tokens))
+    split = split_of(args, known_events(events, model.catalogue.item_tokens))
     store, stage = mm.SequenceStore.from_split(split), getattr(mm, args.stage.upper())
     result = mm.evaluate(model, store, stage, bool(args.exclude_seen), progress=not args.quiet)
     record = {

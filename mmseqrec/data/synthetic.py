@@ -8,7 +8,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/data.synthetic.html.md"""
 __all__ = ['COLOURS', 'PATTERNS', 'SIZES', 'MOTIFS', 'KINDS', 'MATERIALS', 'OCCASIONS', 'CARES', 'BRANDS', 'VISIBLE', 'HIDDEN',
            'VIEWS', 'WORDS', 'attribute_values', 'draw_item', 'in_caption_corpus', 'say', 'caption',
            'make_caption_corpus', 'plant_interests', 'write_listing', 'Behaviour', 'Truth', 'Marketplace',
-           'make_marketplace', 'plot_items', 'gini', 'dataset_statistics', 'perfect_features', 'real_statistics']
+           'make_marketplace', 'plot_items', 'planted_probabilities', 'gini', 'dataset_statistics', 'perfect_features',
+           'real_statistics']
 
 # %% ../../nbs/10_data.synthetic.ipynb #imports
 import re
@@ -640,6 +641,7 @@ class Behaviour:
     devotion: float = .8  # beta, how much the fit to the interest counts
     enough: float = 4.0  # a fit above this counts as this: well suited is well suited
     popularity: float = .65  # exponent of the popularity's power law
+    arrivals: float = 0.  # share of the items that come into the shop later, 0 to 1
 
 # %% ../../nbs/10_data.synthetic.ipynb #shelves
 def _shelves(weights):
@@ -682,6 +684,7 @@ class _Shop:
     made_for: np.ndarray  # `[V]` interest
     shelves: np.ndarray  # `[(C + 1) * V]`, the last one the whole shop by popularity
     companions: np.ndarray  # `[V, 8]` items
+    arrival: np.ndarray  # `[V]` Unix seconds from which it is there; 0: always
 
 # %% ../../nbs/10_data.synthetic.ipynb #crowd
 def _crowd(shop, n, behaviour, rng):
@@ -695,25 +698,41 @@ def _crowd(shop, n, behaviour, rng):
             "interests": order[:, :held].astype(np.int32), "first_weights": first,
             "last_weights": (1 - behaviour.drift) * first + behaviour.drift * other,
             "taste": rng.integers(0, values, (n, 5), dtype=np.int32),
-            "start": rng.integers(1_640_995_200, 1_704_067_200, n)}  # 2022 and 2023, Unix seconds
+            "start": rng.integers(*_TWO_YEARS, n)}
+
+_TWO_YEARS = 1_640_995_200, 1_704_067_200  # begin of 2022 and end of 2023, Unix seconds
+
+def _arrivals(n_items, share, seed):
+    "Draw when each item comes into the shop; 0 for what is there from the beginning."
+    rng = np.random.default_rng(seed)
+    comes_later = rng.permutation(n_items) < round(share * n_items)
+    return np.where(comes_later, rng.integers(*_TWO_YEARS, n_items), 0)
 
 # %% ../../nbs/10_data.synthetic.ipynb #choose
 _REASONS = ("interest", "follow", "repeat", "explore")
 _RANK_SHARES = np.cumsum(1 / np.arange(1, 9))[:-1] / np.sum(1 / np.arange(1, 9))  # companions
 
-def _choose(shop, taste, shelf, history, follows, behaviour, rng):
+def _draw_there(shop, shelf, n, now, rng):
+    "Draw `[rows, n]` items that have arrived by now, row r from shelf `shelf[r]`."
+    items = _draw(shop.shelves, shelf, len(shop.codes), n, rng)
+    while len(late := np.argwhere(shop.arrival[items] > now[:, None])):
+        row, column = late.T
+        items[row, column] = _draw(shop.shelves, shelf[row], len(shop.codes), 1, rng)[:, 0]
+    return items
+
+def _choose(shop, taste, shelf, history, follows, now, behaviour, rng):
     "Choose an item for each row given its history `[rows, t]`; return items and `_REASONS`."
     rows, t = np.arange(len(shelf)), history.shape[1]
     chance = rng.random((len(shelf), 4))
     explores = chance[:, 0] < behaviour.explore
     shelf = np.where(explores, shop.n_interests, shelf)
-    near = _draw(shop.shelves, shelf, len(shop.codes), behaviour.taste, rng)
+    near = _draw_there(shop, shelf, behaviour.taste, now, rng)
     liked = (shop.codes[near, :taste.shape[1]] == taste[:, None]).sum(-1) * ~explores[:, None]
     seen = (near[:, :, None] == history[:, None]).any(-1)
     item, reason = near[rows, np.argmax(liked - 100 * seen, axis=1)], np.where(explores, 3, 0)
     if t == 0: return item, reason
     companion = shop.companions[history[:, -1], np.searchsorted(_RANK_SHARES, chance[:, 1])]
-    known = (companion[:, None] == history).any(1)
+    known = (companion[:, None] == history).any(1) | (shop.arrival[companion] > now)
     follow = follows & (chance[:, 2] < behaviour.follow) & ~known
     repeat = chance[:, 3] < behaviour.repeat
     earlier = history[rows, (rng.random(len(rows)) * t).astype(int)]
@@ -738,8 +757,9 @@ def _go_shopping(shop, crowd, behaviour, rng):
         days, minutes = (rng.exponential(mean, len(who)) for mean in (10 * 86_400, 240))
         pause = np.where(fresh, days, 15 + minutes).astype(np.int64)
         clock[who, t] = clock[who, t - 1] + pause * (t > 0)
-        item[who, t], reason[who, t] = _choose(shop, crowd["taste"][who], interest[who, t],
-                                               item[who, :t], ~fresh, behaviour, rng)
+        item[who, t], reason[who, t] = _choose(
+            shop, crowd["taste"][who], interest[who, t], item[who, :t], ~fresh, clock[who, t],
+            behaviour, rng)
     user, t = np.nonzero(np.arange(most) < n_events[:, None])
     events = dict(item=item, timestamp=clock, interest=interest, session=session - 1, reason=reason)
     return pl.DataFrame({"user": user} | {name: table[user, t] for name, table in events.items()})
@@ -750,8 +770,10 @@ class Truth:
     "Hold what was planted; for teaching and measuring only."
     attributes: pl.DataFrame  # of each item, with `named` in its text, views, made_for, companions
     events: pl.DataFrame  # rows aligned with `Marketplace.interactions`: interest, session, reason
-    users: pl.DataFrame  # a row a user: user_id, domain, interests, first_weights, last_weights
+    users: pl.DataFrame  # a row a user: user_id, domain, interests, first_, last_weights, taste
     interests: pl.DataFrame  # a row a domain and interest: the favourite values of each attribute
+    shops: tuple[_Shop, ...]  # a shop a domain: what its users choose from
+    behaviour: Behaviour  # how they choose
 
 # %% ../../nbs/10_data.synthetic.ipynb #marketplace-class
 @dataclass(frozen=True)
@@ -781,7 +803,9 @@ class Marketplace:
         mine = self.interactions["user_id"].str.starts_with(f"{name}-")
         part = lambda table: table.filter(pl.col("domain") == name)
         whole, events = self.truth, self.truth.events.filter(mine)
-        truth = Truth(part(whole.attributes), events, part(whole.users), part(whole.interests))
+        shops = tuple(shop for shop in whole.shops if shop.domain == name)
+        tables = part(whole.attributes), events, part(whole.users), part(whole.interests)
+        truth = Truth(*tables, shops, whole.behaviour)
         interactions, items = self.interactions.filter(mine), part(self.items)
         return Marketplace(interactions, items, truth, self.seed, self.image_size)
 
@@ -845,14 +869,15 @@ def _open_shop(domain, n_items, n_interests, purity, seed, behaviour):
     fit = np.minimum(_fit(codes, probabilities), behaviour.enough)
     shelves = _shelves(np.vstack([popularity * np.exp(behaviour.devotion * fit), popularity]))
     companions = _companions(codes, made_for, shelves, rng)
-    return _Shop(domain, n_interests, probabilities, codes, made_for, shelves, companions)
+    arrival = _arrivals(n_items, behaviour.arrivals, derive_seed(seed, "arrivals", domain))
+    return _Shop(domain, n_interests, probabilities, codes, made_for, shelves, companions, arrival)
 
 # %% ../../nbs/10_data.synthetic.ipynb #items-table
 _PUBLIC = {"item_id": pl.String, "domain": pl.String, "title": pl.String, "description": pl.String,
            "details": pl.String, "images": pl.List(pl.String)}
 _PLANTED = {**dict.fromkeys(("item_id", "domain", *VISIBLE, *HIDDEN), pl.String),
             "named": pl.List(pl.String), "views": pl.List(pl.String), "made_for": pl.Int64,
-            "companions": pl.List(pl.String)}
+            "companions": pl.List(pl.String), "arrival": pl.Int64}
 
 def _items_table(shop, seed, omit, missing_image, missing_description, max_images):
     "Tabulate the items: `_PUBLIC` and `_PLANTED` columns."
@@ -869,6 +894,7 @@ def _items_table(shop, seed, omit, missing_image, missing_description, max_image
         said = [a for a, yes in zip(values, named[row]) if yes and item[a] != "none"]
         views = [VIEWS[v] for v in (0, *other_views[row])][:n_images[row]]
         item |= dict(item_id=token, domain=shop.domain, named=said, views=views, made_for=made_for,
+                     arrival=int(shop.arrival[row]),
                      images=[f"{token}_{k}.png" for k in range(len(views))],
                      companions=[tokens[other] for other in shop.companions[row]])
         listing = write_listing(item, said, rng, described[row])
@@ -893,8 +919,8 @@ def _fill_shop(shop, n_users, seed, behaviour):
     item_id = _tokens(f"{domain}-", len(shop.codes)).alias("item_id")
     events = events.with_columns(user_id.gather(events["user"]), item_id.gather(events["item"]),
                                  reason=pl.Series(_REASONS).gather(events["reason"]))
-    weights = pl.col("interests", "first_weights", "last_weights").arr.to_list()
-    users = pl.concat(users).select(user_id, pl.lit(domain).alias("domain"), weights)
+    planted = pl.col("interests", "first_weights", "last_weights", "taste").arr.to_list()
+    users = pl.concat(users).select(user_id, pl.lit(domain).alias("domain"), planted)
     return events.select("user_id", "item_id", "timestamp"), events.select(_PLANTED_EVENTS), users
 
 # %% ../../nbs/10_data.synthetic.ipynb #shop-tables-all
@@ -926,14 +952,16 @@ def make_marketplace(
     if n_users < 1 or n_items < 8 or not 1 <= max_images <= 4 or n_interests < 1:
         raise ValueError("this needs n_users >= 1, n_items >= 8, n_interests >= 1, max_images "
                          f"1 to 4; got {n_users}, {n_items}, {n_interests} and {max_images}")
-    tables = []
+    tables, shops = [], []
     for domain in [domains] if isinstance(domains, str) else domains:
         shop = _open_shop(domain, n_items, n_interests, purity, seed, behaviour)
         items = _items_table(shop, seed, omit, missing_image, missing_description, max_images)
         interactions, *planted = _fill_shop(shop, n_users, seed, behaviour)
         tables.append((interactions, *items, *planted, _planted_interests(shop)))
+        shops.append(shop)
     interactions, items, *planted = map(pl.concat, zip(*tables))
-    return Marketplace(interactions, items, Truth(*planted), seed, image_size)
+    truth = Truth(*planted, tuple(shops), behaviour)
+    return Marketplace(interactions, items, truth, seed, image_size)
 
 # %% ../../nbs/10_data.synthetic.ipynb #plot-items
 def _first_image(market, names):
@@ -952,6 +980,81 @@ def plot_items(
     lines = [textwrap.wrap(rows[i]["title"], int(18 * size)) for i in item_ids]
     titles = ["\n".join(two[:2]) + (" …" if len(two) > 2 else "") for two in lines]
     return plot_images(images, titles, n_cols, size)
+
+# %% ../../nbs/10_data.synthetic.ipynb #best-of
+def _best_of(p, level, n):
+    "Probabilities `[R, V]` of the first best of n draws from `p`; level 0 is the best."
+    n_levels, row = level.max() + 1, np.arange(len(p))[:, None]
+    mass = np.bincount((row * n_levels + level).ravel(), p.ravel(), len(p) * n_levels)
+    mass = mass.reshape(len(p), n_levels)
+    worse = 1 - np.cumsum(mass, axis=1)  # probability of the levels below
+    chosen = (worse + mass).clip(0) ** n - worse.clip(0) ** n
+    return p * (chosen / np.where(mass > 0, mass, 1))[row, level]
+
+# %% ../../nbs/10_data.synthetic.ipynb #choice
+def _choice(shop, behaviour, interests, weights, liked, seen, there):
+    "Probabilities `[R, V]` of `_choose` without follow and repeat; interests, weights `[R, k]`."
+    above = np.arange(shop.n_interests + 1)[:, None]
+    shelves = np.diff(shop.shelves.reshape(len(above), -1) - above, axis=1, prepend=0)
+    def best(shelf, level):
+        p = shelves[shelf] * there
+        return _best_of(p / p.sum(1, keepdims=True), level, behaviour.taste)
+    most = liked.shape[1]  # attributes of the taste
+    level = most - liked.sum(1) + (most + 1) * seen
+    parts = [w[:, None] * best(c, level) for c, w in zip(interests.T, weights.T)]
+    everything = np.full(len(seen), shop.n_interests)
+    explored = best(everything, seen.astype(np.int64))
+    return (1 - behaviour.explore) * sum(parts) + behaviour.explore * explored
+
+# %% ../../nbs/10_data.synthetic.ipynb #follow
+def _follow(shop, behaviour, last, chosen, seen, there):
+    "Mix the companions of the last items `[R]` into the probabilities `chosen [R, V]`."
+    row, companion = np.arange(len(last))[:, None], shop.companions[last]
+    is_free = there[row, companion] & ~seen[row, companion]
+    p = behaviour.follow * np.diff(_RANK_SHARES, prepend=0, append=1) * is_free
+    mixed = chosen * (1 - p.sum(1, keepdims=True))
+    np.add.at(mixed, (row, companion), p)
+    return mixed
+
+# %% ../../nbs/10_data.synthetic.ipynb #planted-state
+def _planted_state(market, events):
+    "Gather `(age [R], t [R], last item [R], counts [R, V], liked, there, users' columns)`."
+    shop, columns = market.truth.shops[0], market.truth.users.to_dict()
+    user = market.interactions["user_id"].rle_id().to_numpy()
+    tokens = market.items["item_id"]
+    item = market.interactions["item_id"].replace_strict(tokens, range(len(tokens))).to_numpy()
+    first = np.searchsorted(user, user[events])
+    t, counts = events - first, np.zeros((len(events), len(tokens)))
+    row = np.repeat(np.arange(len(events)), t)
+    before = np.arange(len(row)) - np.repeat(np.cumsum(t) - t - first, t)
+    np.add.at(counts, (row, item[before]), 1)
+    about = {name: np.array(columns[name].to_list())[user[events]]
+             for name in ("interests", "first_weights", "last_weights", "taste")}
+    taste, now = about["taste"], market.interactions["timestamp"].to_numpy()[events]
+    liked = shop.codes[:, :taste.shape[1]].T == taste[..., None]
+    there = shop.arrival <= now[:, None]
+    age = t / np.bincount(user)[user[events]]
+    return age[:, None], t[:, None], item[np.maximum(events - 1, first)], counts, liked, there, about
+
+# %% ../../nbs/10_data.synthetic.ipynb #planted-probabilities
+def planted_probabilities(
+    market: Marketplace,  # of one domain; its truth is read
+    events: np.ndarray,  # `[R]` rows of `market.interactions`
+) -> np.ndarray:  # `[R, V]` in the order of `market.items`, rows sum to 1
+    "Tell how probable each item was as each event, given all that was planted and what was before."
+    if len(market.truth.shops) != 1: raise ValueError("give one shop, such as market.domain('toys')")
+    shop, how = market.truth.shops[0], market.truth.behaviour
+    age, t, last, counts, liked, there, about = _planted_state(market, events)
+    weights = (1 - age) * about["first_weights"] + age * about["last_weights"]
+    interest = market.truth.events["interest"].to_numpy()[np.maximum(events - 1, 0)][:, None]
+    user = liked, counts > 0, there
+    fresh = _choice(shop, how, about["interests"], weights, *user)
+    goes_on = _choice(shop, how, interest, np.ones_like(interest), *user)
+    goes_on = _follow(shop, how, last, goes_on, *user[1:])
+    new = np.where(t == 0, 1, 1 / how.session_length)
+    repeat = np.where(t == 0, 0, how.repeat)
+    chosen = new * fresh + (1 - new) * goes_on
+    return repeat * counts / np.maximum(t, 1) + (1 - repeat) * chosen
 
 # %% ../../nbs/10_data.synthetic.ipynb #gini
 def gini(
@@ -1017,7 +1120,7 @@ def dataset_statistics(
     _, popularity_auc = ask(lambda rows: np.broadcast_to(popularity, (len(rows), n_items)))
     markov_ranks, _ = ask(_markov_scores(item, offsets, n_items, popularity))
     found = {"users": len(lengths), "items": n_items, "events": len(item),
-             "events a user, mean": lengths.mean(), "events a user, median": np.median(lengths),
+             "events an item": len(item) / n_items, "events a user, mean": lengths.mean(), "events a user, median": np.median(lengths),
              "popularity Gini": gini(popularity), "repeat rate": 1 - n_pairs / len(item),
              "Markov Recall@10": np.mean(markov_ranks <= 10), "popularity AUC": popularity_auc}
     for name, table in (features or {}).items():

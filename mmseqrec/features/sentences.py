@@ -7,7 +7,7 @@ Docs: https://mmseqrec.github.io/mmseqrec/features.sentences.html.md"""
 # %% auto #0
 __all__ = ['RECIPE', 'TINY', 'make_listing_corpus', 'make_sentence_model', 'listing_vectors', 'listing_loss', 'SentenceRun',
            'train_sentences', 'save_sentences', 'train_shipped_sentences', 'LSAEncoder', 'fit_lsa', 'save_lsa',
-           'load_lsa', 'measure_text_encoder', 'listing_sentences', 'mean_text_features']
+           'load_lsa', 'measure_text_encoder', 'listing_sentences', 'mean_text_features', 'measure_image_encoder']
 
 # %% ../../nbs/23_features.sentences.ipynb #imports
 import math
@@ -34,7 +34,8 @@ from ..data.synthetic import (HIDDEN, KINDS, VISIBLE, attribute_values, dataset_
                                      in_caption_corpus, make_marketplace, write_listing)
 from .clip import (_write_checkpoint, clip_loss, quiet_transformers,
                                     train_tokenizer)
-from .encoders import TextEncoder, load_text_encoder, mean_pooling
+from .encoders import (ImageEncoder, TextEncoder, load_text_encoder,
+                                        mean_pooling)
 
 # %% ../../nbs/23_features.sentences.ipynb #listing-corpus
 def make_listing_corpus(
@@ -303,3 +304,20 @@ def mean_text_features(
     rows = encoder.encode([sentence for listing in listings for sentence in listing])
     starts = np.cumsum([0, *map(len, listings[:-1])])
     return np.add.reduceat(rows, starts) / np.array([[len(some)] for some in listings])
+
+# %% ../../nbs/23_features.sentences.ipynb #measure-images
+def measure_image_encoder(
+    encoder: ImageEncoder,  # any encoder of images
+    domains: Sequence[str] = tuple(KINDS),  # of the marketplace
+) -> dict[str, float]:  # domain -> AUC of the mean image vectors, 0 to 1; no image: zeros
+    "Measure how well the images of a user's last five items tell the next one."
+    found = {}
+    for domain in domains:
+        shop = make_marketplace(domain)
+        files, ids = shop.items["images"].explode(), shop.items["item_id"].to_list()
+        rows = np.repeat(np.arange(len(ids)), shop.items["images"].list.len().to_numpy())
+        features = np.zeros((len(ids), encoder.size), np.float32)
+        vectors = encoder.encode([shop.draw(file) for file in files.drop_nulls()])
+        np.add.at(features, rows, vectors / np.bincount(rows)[rows, None])
+        found[domain] = dataset_statistics(shop.interactions, ids, {"image": features})["image AUC"]
+    return found
