@@ -211,6 +211,11 @@ class RunConfig(_Training, _Systems, _Features, _Marketplace, _Data):
         "Return what `from_dict` takes."
         return asdict(self)
 
+    def changes(self) -> dict:  # plain values
+        "Return the settings that are not at their default: a new setting changes nothing here."
+        return {name: value for name, value in asdict(self).items()
+                if value != getattr(type(self), name)}
+
     @classmethod
     def from_dict(
         cls,

@@ -322,11 +322,24 @@ def test_features_rows_are_items(market):
 def test_defaults_stay_near_the_real_sets():
     shop = make_marketplace("kitchen"); ids = shop.items["item_id"].to_list()
     found = dataset_statistics(shop.interactions, ids, perfect_features(shop)); real = real_statistics()
-    assert found["users"] == 3000 and found["items"] == 500 and 6 <= found["events a user, median"] <= 9
+    assert found["users"] == 2000 and found["items"] == 1200 and 12 <= found["events an item"] <= 17 and 6 <= found["events a user, median"] <= 9
     assert 0.38 < found["popularity Gini"] < 0.61 and 0.61 < found["popularity AUC"] < 0.78 and found["repeat rate"] < 0.04
     same_size = make_marketplace("kitchen", n_users=2928, n_items=1585)
     markov = dataset_statistics(same_size.interactions, same_size.items["item_id"].to_list())["Markov Recall@10"]
     assert abs(markov - real["scientific"]["Markov Recall@10"]) < 0.03
+
+
+def test_what_the_shipped_encoders_read_is_what_was_stored():
+    "The AUCs of page 10's table: the kitchen's, measured anew."
+    from mmseqrec.artifacts import artifact_path, read_json
+    from mmseqrec.features.encoders import load_image_encoder, load_text_encoder
+    from mmseqrec.features.sentences import measure_image_encoder, measure_text_encoder
+    stored = read_json(artifact_path("marketplace", "encoder_auc.json"))
+    text = measure_text_encoder(load_text_encoder("shipped", device="cpu"), ["kitchen"])
+    image = measure_image_encoder(load_image_encoder("shipped", device="cpu"), ["kitchen"])
+    assert text["kitchen"] == pytest.approx(stored["text"]["kitchen"], abs=.002) and stored["text"]["kitchen"] >= .70
+    assert image["kitchen"] == pytest.approx(stored["image"]["kitchen"], abs=.002) and stored["image"]["kitchen"] >= .60
+    assert all(set(stored[kind]) == {"kitchen", "wardrobe", "toys"} for kind in ("text", "image"))
 
 
 def test_real_statistics_hold_aggregates_only():

@@ -30,7 +30,7 @@ SWITCHES = {"pooling not trained": ("mp4sr_fixed_pooling", "mp4sr"),
 GRID = RunConfig(systems=("popularity", "markov", "content_sasrec", "mp4sr_scratch", "mp4sr",
                           "mp4sr_no_mixup", "mp4sr_no_projections", "mp4sr_fixed_pooling",
                           "mp4sr_unmasked_pooling", "mp4sr_legacy_losses"),
-                 seeds=tuple(range(10)), pretrain_epochs=20, device="cpu")
+                 seeds=tuple(range(10)), pretrain_epochs=20, new_items=0., device="cpu")
 
 # %% ../../nbs/62_experiments.pretraining.ipynb #grid-jobs
 def grid_jobs(
@@ -63,7 +63,8 @@ def store_answers(
 
 # %% ../../nbs/62_experiments.pretraining.ipynb #movies-grid
 MOVIES = replace(
-    GRID, interactions="ml1m/interactions.csv", items="ml1m/items.csv", images="ml1m/images",
+    GRID, new_items=None, interactions="ml1m/interactions.csv", items="ml1m/items.csv",
+    images="ml1m/images",
     text_encoder="sentence-transformers/all-MiniLM-L6-v2", image_encoder="shipped", max_len=20,
     batch_size=1024, lr=3e-3, patience=3, pretrain_epochs=8, seeds=(0, 1, 2),
     systems=("popularity", "markov", "content_sasrec", "mp4sr_scratch", "mp4sr", "mp4sr_no_mixup"))
