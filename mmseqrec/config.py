@@ -143,8 +143,8 @@ class _Marketplace:
 class _Features:
     "texts and images"
     text_encoder: str = _setting(
-        "auto", "checkpoint name or folder; shipped: the package's own; lsa: TF-IDF and SVD, fitted "
-        "to the training items", metavar="NAME")
+        "auto", "checkpoint name or folder; shipped: the package's own; lsa: TF-IDF and SVD, "
+        "fitted to the training items", metavar="NAME")
     image_encoder: str = _setting(
         "auto", "checkpoint name or folder; shipped: the package's own CLIP", metavar="NAME")
     text_features: str | None = _setting(

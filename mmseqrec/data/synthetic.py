@@ -1033,8 +1033,8 @@ def _planted_state(market, events):
     taste, now = about["taste"], market.interactions["timestamp"].to_numpy()[events]
     liked = shop.codes[:, :taste.shape[1]].T == taste[..., None]
     there = shop.arrival <= now[:, None]
-    age = t / np.bincount(user)[user[events]]
-    return age[:, None], t[:, None], item[np.maximum(events - 1, first)], counts, liked, there, about
+    age, last = t / np.bincount(user)[user[events]], item[np.maximum(events - 1, first)]
+    return age[:, None], t[:, None], last, counts, liked, there, about
 
 # %% ../../nbs/10_data.synthetic.ipynb #planted-probabilities
 def planted_probabilities(
@@ -1042,8 +1042,8 @@ def planted_probabilities(
     events: np.ndarray,  # `[R]` rows of `market.interactions`
 ) -> np.ndarray:  # `[R, V]` in the order of `market.items`, rows sum to 1
     "Tell how probable each item was as each event, given all that was planted and what was before."
-    if len(market.truth.shops) != 1: raise ValueError("give one shop, such as market.domain('toys')")
     shop, how = market.truth.shops[0], market.truth.behaviour
+    if len(market.domains) > 1: raise ValueError("give one shop: market.domain('toys')")
     age, t, last, counts, liked, there, about = _planted_state(market, events)
     weights = (1 - age) * about["first_weights"] + age * about["last_weights"]
     interest = market.truth.events["interest"].to_numpy()[np.maximum(events - 1, 0)][:, None]
@@ -1120,7 +1120,8 @@ def dataset_statistics(
     _, popularity_auc = ask(lambda rows: np.broadcast_to(popularity, (len(rows), n_items)))
     markov_ranks, _ = ask(_markov_scores(item, offsets, n_items, popularity))
     found = {"users": len(lengths), "items": n_items, "events": len(item),
-             "events an item": len(item) / n_items, "events a user, mean": lengths.mean(), "events a user, median": np.median(lengths),
+             "events an item": len(item) / n_items, "events a user, mean": lengths.mean(),
+             "events a user, median": np.median(lengths),
              "popularity Gini": gini(popularity), "repeat rate": 1 - n_pairs / len(item),
              "Markov Recall@10": np.mean(markov_ranks <= 10), "popularity AUC": popularity_auc}
     for name, table in (features or {}).items():

@@ -642,7 +642,7 @@ def new_item_metrics(
     results: Sequence[Result],  # seeds of one system
     split: Split,
     exclude_seen: bool = False,  # items of the history were not ranked
-    metrics: Sequence[str] = ("recall@10", "recall@50", "ndcg@10"),
+    metrics: Sequence[str] = ("recall@10", "recall@50", "ndcg@10"),  # to average
 ) -> dict[str, dict]:  # `{"new_items": ...}`; empty where every item has training events
     "Measure the test events of items that no training event has: `n_items`, `n_events`, metrics."
     evaluation, is_new = results[0].evaluation, split.unseen_item_mask
