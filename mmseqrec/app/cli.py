@@ -209,9 +209,11 @@ def _write_report(run, folder, command):
     return mm.write_report(run, folder / "report.html", command)
 
 # %% ../../nbs/81_app.cli.ipynb #print-run
-_NOTE = """In brackets: 95% intervals over users. {}
+_NOTE = """In brackets: 95% intervals over users. {}{}
 table.json has more of each system: Recall@50, NDCG@50 and MRR, spread over seeds, p-values.
 The report is {}. Everything took {}{}."""
+
+_PLANTED = "\nThe ceiling knows everything that was planted in the marketplace."
 
 def _print_run(run, path, is_standard, start):
     "Print which standard systems were left out, the table, and where the report is."
@@ -220,7 +222,8 @@ def _print_run(run, path, is_standard, start):
         if "left out" in note: print(note)
     n, seconds = mm.core.n_processes(), format_seconds(time.perf_counter() - start)
     together = f" on {n} processes" if n > 1 else ""
-    note = _NOTE.format(one_seed_note(run), path, seconds, together)
+    ceiling = "" if run.ceiling is None else _PLANTED
+    note = _NOTE.format(one_seed_note(run), ceiling, path, seconds, together)
     print(f"\n{run_table(run)}\n\n{note}")
 
 # %% ../../nbs/81_app.cli.ipynb #changed-settings

@@ -8,12 +8,12 @@ Docs: https://mmseqrec.github.io/mmseqrec/app.report.html.md"""
 __all__ = ['DPI', 'SPLITS', 'SLICES', 'BREADTH', 'SECTIONS', 'format_number', 'format_seconds', 'metric_title', 'render_part',
            'data_uri', 'thumbnail', 'embed_figure', 'SystemSummary', 'system_summaries', 'best_baseline',
            'one_seed_note', 'keyword_settings', 'what_ran_section', 'beyond_accuracy', 'system_row', 'plot_systems',
-           'systems_section', 'who_sees', 'new_items_section', 'plot_loss', 'plot_validation', 'plot_pretraining_terms',
-           'training_section', 'pretraining_section', 'plot_report_slices', 'slices_section', 'plot_beyond',
-           'breadth_section', 'choose_examples', 'item_titles', 'item_card', 'example', 'examples_section',
-           'choose_pictured', 'keyword_card', 'keywords_section', 'first_pictures', 'interests_section', 'map_vectors',
-           'shared_words', 'map_words', 'item_map', 'plot_item_map', 'map_section', 'data_section', 'repeat_section',
-           'report_sections', 'report_html', 'write_report']
+           'systems_section', 'plot_loss', 'plot_validation', 'plot_pretraining_terms', 'training_section',
+           'pretraining_section', 'plot_report_slices', 'slices_section', 'plot_beyond', 'breadth_section',
+           'choose_examples', 'item_titles', 'item_card', 'example', 'examples_section', 'who_sees',
+           'new_items_section', 'choose_pictured', 'keyword_card', 'keywords_section', 'first_pictures',
+           'interests_section', 'map_vectors', 'shared_words', 'map_words', 'item_map', 'plot_item_map', 'map_section',
+           'data_section', 'repeat_section', 'report_sections', 'report_html', 'write_report']
 
 # %% ../../nbs/80_app.report.ipynb #imports
 import base64
@@ -266,53 +266,8 @@ def systems_section(
     bars = [embed_figure(plot_systems(systems, m)) for m in dict.fromkeys((main, "recall@10"))]
     return {"metric": main, "metrics": metrics, "rows": rows, "bars": bars,
             "best": max(rows[:len(systems)], key=lambda row: row["scores"][main]["value"]),
-            "baseline": baseline and baseline.title, "note": one_seed_note(run)}
-
-# %% ../../nbs/80_app.report.ipynb #who-sees
-@torch.inference_mode()
-def who_sees(
-    result: Result,  # its saved recommender is read
-    data: RunData,
-    items: Sequence[int],  # N catalogue rows
-) -> tuple[np.ndarray, np.ndarray]:  # `[N]` rows of the test events, `[N]` ranks there, from 1
-    "Find for each item the test event in whose list it stands highest."
-    model = Recommender.from_pretrained(str(result.folder)).eval()
-    encoded, column = encode_catalogue(model), torch.as_tensor(items) - 1
-    ranks = np.zeros((len(data.store.rows(TEST)), len(items)), np.int64)
-    for batch in evaluation_batches(data.store, TEST, 256, model.max_len):
-        scores = model.score(model.encode_sequence(batch), encoded)
-        better = [(scores > scores[:, [each]]).sum(1) for each in column.tolist()]
-        ranks[batch.row.numpy()] = 1 + torch.stack(better, 1).numpy()
-    return ranks.argmin(0), ranks.min(0)
-
-# %% ../../nbs/80_app.report.ipynb #new-items-section
-def new_items_section(
-    run: Run,
-    systems: Sequence[SystemSummary],  # of one run
-    n: int = 4,  # new items that are shown
-) -> dict | None:  # `"rows"`, one a system, and `"shown"`, items; `None` without new items
-    "Collect how systems rank items without training events, and to whom they show some of them."
-    rows = [row for row in result_table(run, (run.config.metric,), "") if "new_items" in row]
-    if not rows: return None
-    colors = [s.color for s in systems] + [COLORS["neutral"]]
-    rows = [{"title": row["title"], "color": color, **row["new_items"]}
-            for row, color in zip(rows, colors)]
-    data, images = run.data, first_pictures(run.data.items)
-    new = [row for row in np.flatnonzero(data.split.unseen_item_mask)[1:] if images[row]]
-    chosen = [part[0] for part in np.array_split(new, min(n, len(new)) or 1) if len(part)]
-    learning = [s for s in systems if SYSTEMS[s.key].has_seed][:8] if chosen else []
-    seen = {s.title: (s, *who_sees(s.results[0], data, chosen)) for s in learning}
-    shown = [{"item": item_card(data.items, item, framed=True), "to": [
-        _reader(data, system, events[place], ranks[place]) for system, events, ranks in
-        seen.values()]} for place, item in enumerate(chosen)]
-    return {"rows": rows, "shown": shown, "note": one_seed_note(run)}
-
-def _reader(data, system, row, rank, n_shown=5):
-    "Collect the last items of the user of a test event, and the rank of the new item there."
-    event = data.store.rows(TEST)[row]
-    length = min(n_shown, int(data.store.history_length(event[None])[0]))
-    cards = [item_card(data.items, item) for item in data.store.items[event - length:event]]
-    return {"title": system.title, "color": system.color, "rank": int(rank), "cards": cards}
+            "baseline": baseline and baseline.title, "note": one_seed_note(run),
+            "has_ceiling": bool(planted)}
 
 # %% ../../nbs/80_app.report.ipynb #curve-helpers
 def _epoch_axes(ax, title, ylabel):
@@ -544,6 +499,52 @@ def examples_section(
 ) -> list[dict]:  # what `example` returns
     "Choose some test events and collect what they show, of eight systems at most."
     return [example(run, systems[:8], row) for row in choose_examples(systems, n)]
+
+# %% ../../nbs/80_app.report.ipynb #who-sees
+@torch.inference_mode()
+def who_sees(
+    result: Result,  # its saved recommender is read
+    data: RunData,
+    items: Sequence[int],  # N catalogue rows
+) -> tuple[np.ndarray, np.ndarray]:  # `[N]` rows of the test events, `[N]` ranks there, from 1
+    "Find for each item the test event in whose list it stands highest."
+    model = Recommender.from_pretrained(str(result.folder)).eval()
+    encoded, column = encode_catalogue(model), torch.as_tensor(items) - 1
+    ranks = np.zeros((len(data.store.rows(TEST)), len(items)), np.int64)
+    for batch in evaluation_batches(data.store, TEST, 256, model.max_len):
+        scores = model.score(model.encode_sequence(batch), encoded)
+        better = [(scores > scores[:, [each]]).sum(1) for each in column.tolist()]
+        ranks[batch.row.numpy()] = 1 + torch.stack(better, 1).numpy()
+    return ranks.argmin(0), ranks.min(0)
+
+# %% ../../nbs/80_app.report.ipynb #new-items-section
+def new_items_section(
+    run: Run,
+    systems: Sequence[SystemSummary],  # of one run
+    n: int = 4,  # new items that are shown
+) -> dict | None:  # `"rows"`, one a system, and `"shown"`, items; `None` without new items
+    "Collect how systems rank items without training events, and to whom they show some of them."
+    rows = [row for row in result_table(run, (run.config.metric,), "") if "new_items" in row]
+    if not rows: return None
+    colors = [s.color for s in systems] + [COLORS["neutral"]]
+    rows = [{"title": row["title"], "color": color, **row["new_items"]}
+            for row, color in zip(rows, colors)]
+    data = run.data
+    new = [i for i in np.flatnonzero(data.split.unseen_item_mask)[1:] if data.items.images[i]]
+    chosen = [part[0] for part in np.array_split(new, min(n, len(new)) or 1) if len(part)]
+    learning = [s for s in systems if SYSTEMS[s.key].has_seed][:8] if chosen else []
+    seen = {s.title: (s, *who_sees(s.results[0], data, chosen)) for s in learning}
+    shown = [{"item": item_card(data.items, item, framed=True), "to": [
+        _reader(data, system, events[place], ranks[place]) for system, events, ranks in
+        seen.values()]} for place, item in enumerate(chosen)]
+    return {"rows": rows, "shown": shown, "note": one_seed_note(run)}
+
+def _reader(data, system, row, rank, n_shown=5):
+    "Collect the last items of the user of a test event, and the rank of the new item there."
+    event = data.store.rows(TEST)[row]
+    length = min(n_shown, int(data.store.history_length(event[None])[0]))
+    cards = [item_card(data.items, item) for item in data.store.items[event - length:event]]
+    return {"title": system.title, "color": system.color, "rank": int(rank), "cards": cards}
 
 # %% ../../nbs/80_app.report.ipynb #choose-pictured
 def choose_pictured(

@@ -415,7 +415,7 @@ class Result:
     @property
     def color(self) -> str: return getattr(SYSTEMS.get(self.system), "color", COLORS["neutral"])
 
-_CEILING = "Ceiling: knows all that was planted"
+_CEILING = "Ceiling"
 
 # %% ../../nbs/60_experiments.run.ipynb #result-files
 _PLAIN = ("system", "seed", "valid", "seconds", "evaluation_seconds", "n_parameters")
@@ -609,7 +609,7 @@ def result_table(
         row |= {metric: summary_of_seeds(results, metric) for metric in metrics}
         is_compared = baseline in groups and name != baseline
         if is_compared: row["difference"] = difference(results, groups[baseline], metrics[0])
-        rows.append(row | new_item_metrics(results, run.data.split, run.config.exclude_seen))
+        rows.append(row | new_item_metrics(results, run.data.store, run.config.exclude_seen))
     return rows
 
 # %% ../../nbs/60_experiments.run.ipynb #summary-of-seeds
@@ -640,12 +640,13 @@ def _chance(metric, n_candidates):
 # %% ../../nbs/60_experiments.run.ipynb #new-item-metrics
 def new_item_metrics(
     results: Sequence[Result],  # seeds of one system
-    split: Split,
+    store: SequenceStore,  # events of all users
     exclude_seen: bool = False,  # items of the history were not ranked
     metrics: Sequence[str] = ("recall@10", "recall@50", "ndcg@10"),  # to average
 ) -> dict[str, dict]:  # `{"new_items": ...}`; empty where every item has training events
     "Measure the test events of items that no training event has: `n_items`, `n_events`, metrics."
-    evaluation, is_new = results[0].evaluation, split.unseen_item_mask
+    evaluation, is_new = results[0].evaluation, np.ones(store.n_items + 1, bool)
+    is_new[store.training_items] = False
     if not is_new[1:].any(): return {}
     rows = is_new[evaluation.pos_item]
     found = {"n_items": int(is_new[1:].sum()), "n_events": int(rows.sum())}
