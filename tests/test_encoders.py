@@ -499,3 +499,10 @@ def test_resolution_is_quick_and_says_what_runs(monkeypatch, clip_folder, capfd)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "does not answer" in resolve_encoders(device="cpu").note
     assert capfd.readouterr().err == ""
+
+
+def test_an_encoder_without_a_pooler_has_the_same_fingerprint_each_time():
+    "transformers draws the weights of a pooler that a checkpoint lacks; they must not count."
+    one, other = (load_text_encoder("shipped", device="cpu") for _ in range(2))
+    assert one.fingerprint == other.fingerprint and one.pooling == "mean"
+    assert load_text_encoder("shipped", "clip", device="cpu").fingerprint != one.fingerprint

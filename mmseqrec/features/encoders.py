@@ -363,6 +363,8 @@ def _load_model(name, shipped="clip"):
     if needed := sorted(key for key in lacking if "pooler" not in key):
         raise ValueError(f"{name}: as a {type(model).__name__}, the checkpoint lacks {len(needed)} "
                          f"weights, such as {needed[0]}")
+    for name, weight in model.named_parameters():  # a pooler of random numbers, read by nobody
+        if name in lacking: torch.nn.init.zeros_(weight)
     return model, folder, cached, bool(lacking)
 
 # %% ../../nbs/21_features.encoders.ipynb #find-on-hub
