@@ -239,7 +239,7 @@ _REMEDY = "build both with the same sizes, or name what to leave out in except_f
 def transfer_weights(
     source: Recommender,  # trained, of the same sizes
     target: Recommender,  # changed in place
-    except_for: Sequence[str] = ("item_emb.",),  # beginnings of names whose weights stay
+    except_for: Sequence[str] = ("item_emb.", "item_bias."),  # beginnings of names that stay
 ) -> Recommender:  # the target
     """Copy weights by name.
 
