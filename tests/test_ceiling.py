@@ -297,3 +297,15 @@ def test_a_run_is_evaluated_with_its_own_split(finished, capsys):
     found = json.loads(out.read_text())
     assert found["n_events"] == len(finished.results[-1].evaluation.ranks)
     assert found["metrics"]["recall@10"]["value"] == pytest.approx(finished.results[-1].evaluation.metrics(ks=(10,))["recall@10"])
+
+
+def test_the_terminal_says_that_texts_are_read_by_lsa(tmp_path, monkeypatch, capsys):
+    from mmseqrec.app.cli import main
+    from small_shop import write_shop
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    files = write_shop(tmp_path / "shop", pictures=False)
+    words = [word for name in ("interactions", "items", "min_item") for word in (f"--{name.replace('_', '-')}", str(files[name]))]
+    assert main(["run", *words, "--systems", "popularity", "--device", "cpu", "--quiet", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "Texts are encoded by TF-IDF and SVD, fitted to the texts of the training items (because" in said
+    assert "TF-IDF and SVD" in (tmp_path / "run" / "report.html").read_text()

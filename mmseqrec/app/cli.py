@@ -216,10 +216,10 @@ The report is {}. Everything took {}{}."""
 _PLANTED = "\nThe ceiling knows everything that was planted in the marketplace."
 
 def _print_run(run, path, is_standard, start):
-    "Print which standard systems were left out, the table, and where the report is."
+    "Print what was left out or replaced, the table, and where the report is."
     from mmseqrec.app.report import format_seconds, one_seed_note
-    for note in run.data.notes if is_standard else ():
-        if "left out" in note: print(note)
+    for note in run.data.notes:
+        if "(because" in note or is_standard and "left out" in note: print(note)
     n, seconds = mm.core.n_processes(), format_seconds(time.perf_counter() - start)
     together = f" on {n} processes" if n > 1 else ""
     ceiling = "" if run.ceiling is None else _PLANTED
