@@ -160,10 +160,11 @@ def run_table(
     return text_table(("system", *columns), rows) + _new_items_table(table)
 
 # %% ../../nbs/81_app.cli.ipynb #new-items-table
-_NEW_METRICS = {"recall@10": "Recall@10", "recall@50": "Recall@50", "ndcg@10": "NDCG@10"}
+_NEW_METRICS = ("recall@10", "recall@50", "ndcg@10")
 
 def _new_items_table(table):
     "Lay out how new items are ranked, below an empty line; empty if no test event has one."
+    from mmseqrec.app.report import metric_title
     found = {row["title"]: row["new_items"] for row in table if "new_items" in row}
     first = next(iter(found.values()), {"n_events": 0})
     if not first["n_events"]: return ""
@@ -171,7 +172,7 @@ def _new_items_table(table):
             for title, new in found.items()]
     rows.append(["chance", *(f"{first[name]['chance']:.3f}" for name in _NEW_METRICS)])
     heading = f"\n\n{first['n_events']:,} test events of {first['n_items']:,} new items:\n\n"
-    return heading + text_table(("system", *_NEW_METRICS.values()), rows)
+    return heading + text_table(("system", *map(metric_title, _NEW_METRICS)), rows)
 
 # %% ../../nbs/81_app.cli.ipynb #run-command
 def run_command(

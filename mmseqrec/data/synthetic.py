@@ -793,6 +793,14 @@ class Marketplace:
     @cached_property
     def _row_of(self): return {f: row for row, fs in enumerate(self.items["images"]) for f in fs}
 
+    @cached_property
+    def _codes(self):  # `[E]` user and item of each event, and the columns of what users hold
+        tokens, users = self.items["item_id"], self.truth.users.to_dict()
+        item = self.interactions["item_id"].replace_strict(tokens, range(len(tokens)))
+        held = ("interests", "first_weights", "last_weights", "taste")
+        return (self.interactions["user_id"].rle_id().to_numpy(), item.to_numpy(),
+                {name: np.array(users[name].to_list()) for name in held})
+
     def domain(
         self,
         name: str,  # one of `domains`
@@ -1019,21 +1027,17 @@ def _follow(shop, behaviour, last, chosen, seen, there):
 # %% ../../nbs/10_data.synthetic.ipynb #planted-state
 def _planted_state(market, events):
     "Gather `(age [R], t [R], last item [R], counts [R, V], liked, there, users' columns)`."
-    shop, columns = market.truth.shops[0], market.truth.users.to_dict()
-    user = market.interactions["user_id"].rle_id().to_numpy()
-    tokens = market.items["item_id"]
-    item = market.interactions["item_id"].replace_strict(tokens, range(len(tokens))).to_numpy()
-    first = np.searchsorted(user, user[events])
-    t, counts = events - first, np.zeros((len(events), len(tokens)))
+    shop, (user, item, held) = market.truth.shops[0], market._codes
+    first, end = (np.searchsorted(user, user[events], side) for side in ("left", "right"))
+    t, counts = events - first, np.zeros((len(events), len(shop.codes)))
     row = np.repeat(np.arange(len(events)), t)
     before = np.arange(len(row)) - np.repeat(np.cumsum(t) - t - first, t)
     np.add.at(counts, (row, item[before]), 1)
-    about = {name: np.array(columns[name].to_list())[user[events]]
-             for name in ("interests", "first_weights", "last_weights", "taste")}
+    about = {name: table[user[events]] for name, table in held.items()}
     taste, now = about["taste"], market.interactions["timestamp"].to_numpy()[events]
     liked = shop.codes[:, :taste.shape[1]].T == taste[..., None]
     there = shop.arrival <= now[:, None]
-    age, last = t / np.bincount(user)[user[events]], item[np.maximum(events - 1, first)]
+    age, last = t / (end - first), item[np.maximum(events - 1, first)]
     return age[:, None], t[:, None], last, counts, liked, there, about
 
 # %% ../../nbs/10_data.synthetic.ipynb #planted-probabilities

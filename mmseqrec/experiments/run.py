@@ -553,7 +553,8 @@ def ceiling(
     place = dict(zip(market.items["item_id"], range(len(market.items))))
     columns = [place[token] for token in data.catalogue.item_tokens[1:]]
     rows = _rows_of_events(market, data.split).to_numpy()[events]
-    for part in np.split(np.arange(len(rows)), range(256, len(rows), 256)):
+    step = max(1, (1 << 18) // len(place))  # test events at once, so that memory stays flat
+    for part in np.split(np.arange(len(rows)), range(step, len(rows), step)):
         seen = store.seen_items(events[part]) if config.exclude_seen else None
         scores = planted_probabilities(market, rows[part])[:, columns]
         found.append(_rank_by(scores, store.items[events[part]].astype(np.int64), seen, n_top))
@@ -651,7 +652,10 @@ def new_item_metrics(
     rows = is_new[evaluation.pos_item]
     found = {"n_items": int(is_new[1:].sum()), "n_events": int(rows.sum())}
     n = np.full(rows.sum(), evaluation.n_items)
-    if exclude_seen: n = n - evaluation.history_length[rows]
+    if exclude_seen:
+        row, item = store.seen_items(store.rows(TEST)[rows])
+        row = np.unique(np.stack([row, item]), axis=1)[0]  # an item that was taken twice is one
+        n = n - np.bincount(row, minlength=len(n))
     for metric in metrics if rows.any() else ():
         values = np.mean([r.evaluation.values(metric)[rows] for r in results], axis=0)
         means = user_means(values, evaluation.user[rows])
