@@ -126,6 +126,7 @@ class _Data:
     new_items: float | None = _setting(
         None, "share of the items that no training event has, to be ranked as new items",
         type=at_least(float, 0), metavar="SHARE", shown=".05 of the marketplace, 0 of other data")
+    new_items_seed: int = _setting(0, "which items these are: seed of the choice")
 
 # %% ../nbs/46_config.ipynb #marketplace
 @dataclass(frozen=True)

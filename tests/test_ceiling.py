@@ -136,7 +136,7 @@ def test_the_marketplace_holds_out_one_item_in_twenty_and_own_data_none(events):
     from dataclasses import replace
     assert len(split_events(events, SMALL).cold_items) == round(.05 * events.n_items)
     assert not len(split_events(events, replace(SMALL, interactions="a.csv", items="b.csv")).cold_items)
-    other = split_events(events, replace(SMALL, data_seed=1)).cold_items
+    other = split_events(events, replace(SMALL, new_items_seed=1)).cold_items
     assert set(other) != set(split_events(events, SMALL).cold_items)
 
 

@@ -228,7 +228,7 @@ def split_events(
         cuts = np.quantile(events.time, (.8, .9), method="higher").tolist()
         split = partial(global_time_split, valid_from=cuts[0], test_from=cuts[1])
     if share is None: share = .05 * config.is_marketplace
-    return hold_out_items(events, share, seed=config.data_seed, split=split) if share else (
+    return hold_out_items(events, share, seed=config.new_items_seed, split=split) if share else (
         split(events))
 
 # %% ../../nbs/60_experiments.run.ipynb #read-tables
@@ -239,14 +239,14 @@ def _timed(seconds, stage):
     yield
     seconds[stage] = time.perf_counter() - start
 
-def _read_tables(config, folder, seconds, progress):
-    "Read tables, take the k-core, split leave-one-out, and encode texts and images."
+def _read_tables(config, folder, seconds, progress, split):
+    "Read tables, take the k-core, split the events, and encode texts and images."
     with _timed(seconds, "raw tables"):
         source, notes, *paths = from_main(lambda: _raw_tables(config, folder, progress))
     columns = (config.user_column, config.item_column, config.time_column)
     with _timed(seconds, "reading and splitting"):
         events = read_interactions(paths[0], *columns)
-        split = split_events(kept := k_core(events, config.min_user, config.min_item), config)
+        split = split(kept := k_core(events, config.min_user, config.min_item), config)
     with _timed(seconds, "items and pictures"):
         items = read_items(*paths[1:], config.item_column, config.text_columns, config.image_column)
         checked = check_images(items.align(kept.item_tokens), progress=progress)
@@ -301,8 +301,8 @@ def _given_features(config, table, items_path):
     return catalogue_from_arrays(table.item_tokens[1:], **arrays)
 
 # %% ../../nbs/60_experiments.run.ipynb #benchmark
-def _read_benchmark(config, folder, seconds, progress):
-    "Read a published split with its features."
+def _read_benchmark(config, folder, seconds, progress, split):
+    "Read a published split with its features; `split` has nothing to do."
     with _timed(seconds, "reading and splitting"):
         bench = read_benchmark(config.source.partition(":")[2])
         arrays = {f"{kind}_emb": bench.features(kind)[1:] for kind in bench.dumps}
@@ -319,10 +319,12 @@ def prepare_data(
     config: RunConfig,
     folder: str | Path,  # tables go to `folder/data`, features to `folder/features`
     progress: bool = True,  # show progress bars
+    split: Callable[[Interactions, RunConfig], Split] = split_events,  # another way to split
 ) -> RunData:
-    "Read events and items, split leave-one-out unless that is done, and encode texts and images."
+    "Read events and items, split them unless that is done, and encode texts and images."
     is_benchmark, seconds = (config.source or "").startswith("benchmark:"), {}
-    shop = (_read_benchmark if is_benchmark else _read_tables)(config, folder, seconds, progress)
+    read = _read_benchmark if is_benchmark else _read_tables
+    shop = read(config, folder, seconds, progress, split)
     events, store, left_out = shop.split.interactions, SequenceStore.from_split(shop.split), []
     systems = _permitted_systems(config, shop, left_out)
     with _timed(seconds, "keywords"):
