@@ -128,6 +128,22 @@ def test_counting_again_forgets_the_first_count(kind):
     assert not model.counts.item_counts.any() and not scores(model, [[1]]).any()
 
 
+@pytest.mark.parametrize("kind", [Popularity, Markov])
+def test_counts_of_items_that_stay_are_kept(kind):
+    "Fewer items, in another order, then all again: what stayed scores as before, what left and came back scores zero."
+    catalogue, order = make_catalogue(), [7, 2, 9, 1, 4]
+    model = (Markov(popularity_weight=0.) if kind is Markov else kind()).set_catalogue(catalogue)  # a share of all events
+    model.start_epoch(make_store(30), 0)
+    before = scores(model, [[item] for item in order])[:, [item - 1 for item in order]]
+    model.set_catalogue(catalogue.take(order))
+    assert before.any() and torch.equal(scores(model, [[n] for n in range(1, 6)]), before)
+    model.set_catalogue(catalogue)
+    after = scores(model, [[item] for item in order])
+    assert torch.equal(after[:, [item - 1 for item in order]], before)
+    gone = [item for item in range(1, catalogue.n_items + 1) if item not in order]
+    assert not after[:, [item - 1 for item in gone]].any() and not scores(model, [[gone[0]]])[:, [item - 1 for item in gone]].any()
+
+
 def test_counts_are_exact_where_there_are_many(tmp_path):
     "Seventeen million events: more than 32-bit floats count one by one."
     model = build("popularity")

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .interests import _rows_of_before
 from .layers import ContentAdapter, SequenceEncoder, check_features, last_outputs
 from .losses import full_softmax_cross_entropy, items_of_step
 from ..core import check_shape, from_main
@@ -49,10 +50,8 @@ class IDEmbedding(nn.Embedding):
         weight = torch.zeros(len(self.item_tokens), self.embedding_dim)
         if self.std and old is None: weight[1:] = torch.randn(weight.shape)[1:] * self.std
         weight = weight.to(self.weight)
-        row_of = {token: row for row, token in enumerate(old or ()) if row}
-        kept = [(row, row_of[t]) for row, t in enumerate(self.item_tokens) if t in row_of]
-        new, before = torch.tensor(kept, dtype=torch.long, device=weight.device).view(-1, 2).T
-        weight[new] = self.weight.detach()[before]
+        rows = _rows_of_before(old, self.item_tokens, weight.device)
+        weight[rows > 0] = self.weight.detach()[rows[rows > 0]]
         self.weight, self.num_embeddings = nn.Parameter(weight), len(weight)
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..blocks.augment import append_mask, cloze
+from ..blocks.interests import _rows_of_before
 from ..blocks.layers import Dropout, SequenceEncoder, init_weights
 from ..blocks.losses import draw_candidates, full_softmax_cross_entropy
 from ..blocks.towers import (ContentEmbedding, IDEmbedding, history_attention,
@@ -46,10 +47,11 @@ class ItemCounts(nn.Module):
         self,
         catalogue: Catalogue,
     ) -> None:
-        "Forget the counts of other items."
+        "Keep the counts of items that stay; new items have none."
         old, self.item_tokens = self.item_tokens, catalogue.item_tokens
         if self.n_items == catalogue.n_items and old in (None, self.item_tokens): return
-        self.item_counts = self.item_counts.new_zeros(catalogue.n_items + 1)
+        rows = _rows_of_before(old, self.item_tokens, self.item_counts.device)
+        self.item_counts = self.item_counts[rows]
 
     def count(
         self,
@@ -123,10 +125,17 @@ class Transitions(nn.Module):
         self,
         catalogue: Catalogue,
     ) -> None:
-        "Forget the followers of other items."
+        "Keep the followers of items that stay, among these items; new items have none."
         old, self.item_tokens = self.item_tokens, catalogue.item_tokens
         if len(self.first) == catalogue.n_items + 2 and old in (None, self.item_tokens): return
-        self._set(np.zeros(catalogue.n_items + 2), np.zeros(0), np.zeros(0))
+        rows = _rows_of_before(self.item_tokens, old or [None] * (len(self.first) - 1),
+                               self.first.device)  # `[V+1]` of before
+        item = rows.repeat_interleave(self.first.diff())
+        next_item = rows[self.next_item]
+        kept = ((item > 0) & (next_item > 0)).nonzero()[:, 0]
+        kept = kept[(item * len(self.item_tokens) + next_item)[kept].argsort()]
+        ends = torch.arange(catalogue.n_items + 2, device=rows.device)
+        self._set(torch.searchsorted(item[kept], ends), next_item[kept], self.share[kept])
 
     def count(
         self,
@@ -146,7 +155,7 @@ class Transitions(nn.Module):
     def forward(
         self,
         last: Tensor,  # `[T]` catalogue rows
-    ) -> Tensor:  # `[T, V+1]`, rows sum to 1, or to 0 for an item that nothing followed
+    ) -> Tensor:  # `[T, V+1]`, rows sum to 1 at most, and to 0 for an item that nothing followed
         "Look up how often each item followed."
         begin, end = self.first[last].cpu().numpy(), self.first[last + 1].cpu().numpy()
         flat = flat_ranges(begin, end - begin)
