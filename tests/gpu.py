@@ -218,8 +218,9 @@ def describe(device):
     if made["gpu"]:
         made["gpu_memory"] = torch.cuda.get_device_properties(0).total_memory
         ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try: made["driver"] = limited(20, ask)[1].split()[0]
-        except (OSError, IndexError): pass
+        try: code, said = limited(20, ask)
+        except OSError: code, said = None, ""
+        if code == 0: made["driver"] = said.strip().splitlines()[0]
     return made
 
 def summary(record):

@@ -31,7 +31,8 @@ precisions = pytest.mark.parametrize("precision", ["no", "bf16"])
 
 # The largest error of a loss, and of a gradient as a share of its length: sums in another order, and in 32 bits the
 # TensorFloat-32 of cuDNN's recurrent networks, which has 10 binary digits.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}
+OF_RUNS = 2e-3  # of the losses of one run and another that should be the same: a GPU may add in another order each time
 OF_BF16 = .05  # bf16 has 7 binary digits
 HISTORIES = [[1, 2, 3], [7], [4, 5, 6, 6, 1, 12, 11, 10], [5, 3]]
 QUIET = dict(dropout=0., attention_dropout=0.)
@@ -150,8 +151,8 @@ def test_a_resumed_run_gives_the_same_numbers(name, store, device, tmp_path, mon
     set_seed(9)  # what was drawn in between does not matter
     resumed, _ = trained(name, store, device, **options)
     expected, found, others = ([epoch["loss"] for epoch in h.epochs] for h in (undisturbed, resumed, other_seed))
-    assert found == pytest.approx(expected, rel=TOLERANCE[torch.float32])
-    assert others != pytest.approx(expected, rel=TOLERANCE[torch.float32]), "a wrong generator would be noticed"
+    assert found == pytest.approx(expected, rel=OF_RUNS)
+    assert others != pytest.approx(expected, rel=OF_RUNS), "a wrong generator would be noticed"
     if device.type == "cpu": assert without_seconds(resumed) == without_seconds(undisturbed)
 
 
