@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import gpu
 from bench import drivers, measure, run
 from bench.data import peer_config, synthetic_store, write_prefixes
 from bench.drivers.protocol import MemoryMeter, process_memory
@@ -315,7 +317,8 @@ def test_the_stored_benchmark_is_whole_and_reaches_what_was_asked():
 
 def page_names():
     "Execute the cells of page 82 that define how a result is drawn."
-    names, wanted = {}, ("imports", "ratio", "middle", "plot-throughput", "plot-share", "growth-lines", "plot-growth")
+    names, wanted = {}, ("imports", "ratio", "middle", "plot-throughput", "plot-share", "growth-lines", "plot-growth",
+                         "gpu-tables")
     cells = {cell["id"]: "".join(cell["source"]) for cell in PAGE["cells"]}
     for id in wanted: exec(cells[id], names)
     return names
@@ -383,3 +386,136 @@ def test_a_failed_case_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "bench_cases", lambda *args: {"bad": fail})
     assert bench_main(["--output", str(tmp_path / "b.json")]) == 1
     assert "bad: no luck" in capsys.readouterr().err
+
+
+# What takes a GPU
+
+def test_without_a_gpu_there_is_one_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([str(tmp_path / "gpu.json")]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "no NVIDIA GPU" in said.err and "--device cpu --tiny" in said.err
+    with pytest.raises(SystemExit, match="2"): gpu.main(["--device", "cpu"])
+    assert "add --tiny" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+def test_the_command_is_a_shell_script(tmp_path):
+    env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(["sh", ROOT / "tests/gpu.sh"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr, ran.stdout) == (2, gpu.NO_GPU + "\n", "") and not list(tmp_path.iterdir())
+
+def test_a_program_ends_at_its_limit_with_all_it_started(tmp_path):
+    mark = tmp_path / "mark"
+    start = time.monotonic()
+    code, said = gpu.limited(1, ["sh", "-c", f"echo begun; (sleep 3; touch {mark}) & wait"])
+    assert code is None and said == "begun\n" and time.monotonic() - start < 3 and not gpu.RUNNING
+    time.sleep(2.5)
+    assert not mark.exists(), "what the program had started goes on"
+    assert gpu.problem_of(code, said, 1) == "stopped at its limit of 1 seconds"
+    failed = gpu.limited(9, ["sh", "-c", "echo no luck; exit 3"])
+    assert failed == (3, "no luck\n") and gpu.problem_of(*failed, 9) == "exit code 3: no luck"
+    assert gpu.problem_of(*gpu.limited(9, ["true"]), 9) is None
+
+def test_a_step_that_fails_is_noted_and_the_others_go_on(tmp_path):
+    path, seen = tmp_path / "gpu.json", []
+    def fail(seconds): raise RuntimeError("no luck")
+    def good(seconds):
+        seen.append(read_json(path)["steps"]["tests"]["problem"])
+        return [seconds], None
+    def slow(seconds): return {"some": 1}, gpu.problem_of(*gpu.limited(1, ["sleep", "9"]), 1)
+    steps, told = {"tests": fail, "pages": good, "bench": slow, "quality": good}, []
+    record = gpu.take_steps(steps, {"steps": {}}, path, tell=told.append)
+    assert seen == ["RuntimeError: no luck"] * 2 and record == read_json(path), "written after each step"
+    assert [record[name] for name in steps] == [None, [120], {"some": 1}, [pytest.approx(420, abs=1)]]
+    problems = [step["problem"] for step in record["steps"].values()]
+    assert problems == ["RuntimeError: no luck", None, "stopped at its limit of 1 seconds", None]
+    assert told[0] == "tests: at most 100 seconds" and told[-1] == "quality: done"
+    late = gpu.take_steps({"tests": good}, {"steps": {}}, path, total=.5, tell=told.append)
+    assert late["steps"]["tests"]["problem"] == "no time was left" and late["tests"] is None
+
+def test_the_steps_take_ten_minutes_at_most():
+    assert gpu.TOTAL <= 570 and list(gpu.plan("cuda", False)) == list(gpu.LIMITS)
+    assert sum(gpu.LIMITS.values()) - gpu.LIMITS["quality"] <= gpu.TOTAL - 150, "bf16 has its time"
+    pages = gpu.plan("cuda", False)["pages"].keywords["pages"]
+    assert [page.stem[:2] for page in pages] == ["50", "51", "52", "53", "54", "55"]
+    assert set(gpu.CASES) <= set(bench_cases(tiny_options(), "nowhere"))
+    assert list(bench_cases(tiny_options(only=gpu.CASES), "nowhere")) == list(gpu.CASES), "the most wanted first"
+
+def test_outcomes_are_counted_also_of_a_run_that_was_stopped():
+    said = ("tests/test_a.py::test_one PASSED   [ 20%]\ntests/test_a.py::test_two[no-a b] FAILED [ 40%]\n"
+            "tests/test_a.py::test_two[x] SKIPPED (no GPU) [ 60%]\ntests/test_a.py::test_three ")
+    reason = "\nFAILED tests/test_a.py::test_two[no-a b] - assert 1 == 2\n"
+    found = gpu.count_tests(said)
+    assert found == {"passed": 1, "failed": 1, "skipped": 1, "failures": {"tests/test_a.py::test_two[no-a b]": ""}}
+    assert list(gpu.count_tests(said + reason)["failures"].values()) == ["assert 1 == 2"]
+
+def test_the_gpu_tests_run_and_those_without_a_gpu_are_skipped(monkeypatch):
+    monkeypatch.setitem(gpu.QUIET, "CUDA_VISIBLE_DEVICES", "")
+    found, problem = gpu.run_tests(100, "cpu", ["-k", "ranks_equal_the_cpus and sasrec or gpu_equals_cpu"])
+    assert (found["passed"], found["failed"], found["skipped"], problem) == (1, 0, 2, None)
+
+def small_page(folder, name, code):
+    cells = [{"cell_type": "code", "id": "only", "metadata": {}, "source": code, "outputs": [], "execution_count": None}]
+    path = folder / f"{name}.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": {"display_name": "python3", "language": "python",
+                                "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}))
+    return path
+
+def test_pages_are_executed_elsewhere_and_a_broken_one_is_named(tmp_path):
+    pages = [small_page(tmp_path, "50_good", "import mmseqrec\n1 + 1"), small_page(tmp_path, "51_bad", "1 / 0")]
+    before = [page.read_text() for page in pages]
+    found, problem = gpu.run_pages(60, pages)
+    assert problem == "did not end well: 51_bad" and [page.read_text() for page in pages] == before
+    assert [each["page"] for each in found] == ["50_good", "51_bad"] and found[0]["problem"] is None
+    assert found[1]["problem"].startswith("exit code 1") and all(each["seconds"] > 0 for each in found)
+
+def gpu_record(record):
+    "What a run on a GPU writes, of a benchmark's record and three seeds."
+    runs = [{"system": "sasrec", "seed": seed, "precision": precision, "ndcg@10": .2 + .01 * seed + more, "seconds": s,
+             "epochs": 4} for seed, d in enumerate((.001, .002, .003)) for precision, more, s in (("no", 0., 8.), ("bf16", d, 4.))]
+    runs.append({**runs[0], "system": "missrec_scratch"})  # was stopped: one seed, one precision
+    step = {"seconds": 5., "limit": 9, "problem": None}
+    return {"provenance": {}, "steps": {"tests": step, "bench": {**step, "problem": "no luck"}}, "bench": record,
+            "tests": {"passed": 3, "failed": 1, "skipped": 0, "failures": {"test_x": "why"}},
+            "pages": [{"page": "50", "seconds": 3., "problem": None}],
+            "quality": {"runs": runs, "differences": gpu.compare_precisions(runs)}}
+
+def test_precisions_are_compared_seed_by_seed(record):
+    found = gpu_record(record)["quality"]["differences"]
+    assert list(found) == ["sasrec"] and found["sasrec"]["n"] == found["sasrec"]["wins"] == 3
+    assert found["sasrec"]["difference"] == pytest.approx(.002) and found["sasrec"]["low"] < .002 < found["sasrec"]["high"]
+    assert found["sasrec"]["no"] == pytest.approx({"ndcg@10": .21, "seconds": 8., "epoch_seconds": 2.})
+    assert found["sasrec"]["bf16"]["epoch_seconds"] == 1.
+
+def test_a_run_on_a_gpu_is_summed_up(record):
+    tables = gpu.summary(gpu_record(record))
+    assert tables["Steps"][1] == [["tests", 5., ""], ["bench", 5., "no luck"]] and tables["Tests"][1] == [[3, 1, 0]]
+    assert tables["Failures"][1] == [["test_x", "why"]] and tables["Pages"][1] == [["50", 3., ""]]
+    row, = tables["NDCG@10 in bf16 minus in 32 bits; seconds of an epoch"][1]
+    assert row[:3] == ["sasrec", "0.2100", "0.2120"] and row[3].startswith("+0.0020 [-0.0005,") and row[-2:] == ["2.00", "1.00"]
+    assert "Training, targets a second" in tables and list(gpu.summary({"steps": {}})) == []
+
+def test_the_page_shows_a_run_on_a_gpu(record):
+    gpu_tables = page_names()["gpu_tables"]
+    tables = gpu_tables(gpu_record(record))
+    assert tables["Tests"].rows() == [(3, 1, 0)] and tables["Pages"].rows() == [("50", 3., True)]
+    assert tables["Training, targets a second"].rows() == [("A", 50, 80, 1.5, 1.4, 2.)]
+    (row,) = tables["NDCG@10, bf16 minus 32 bits"].rows()
+    assert row[:4] == ("sasrec", "0.2100", 3, "+0.0020") and gpu_tables({"steps": {}}) == {}
+
+def test_a_part_trains_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    from mmseqrec.experiments import compare, run as experiments
+    monkeypatch.setattr(experiments, "prepare_data", lambda config, folder, progress: config.precision)
+    def grid(config, data, folder, jobs, questions, progress):
+        if jobs[0][0] == "mmsrec": raise RuntimeError("no luck")
+        return {"runs": [{"system": jobs[0][0], "seed": jobs[0][1], "valid": [.1, .2], "data": data, "seeds": config.seeds}]}
+    monkeypatch.setattr(compare, "run_grid", grid)
+    config = replace(gpu.kitchen("cpu", True), systems=("sasrec", "mmsrec"))
+    with pytest.raises(RuntimeError): gpu.train_part("bf16", "1", tmp_path, config)
+    assert read_json(tmp_path / "runs.json") == [{"system": "sasrec", "seed": 1, "valid": [.1, .2], "data": "bf16",
+                                                  "seeds": [1], "precision": "bf16", "epochs": 2}]
+
+def test_the_stored_run_is_of_a_gpu():
+    path = ROOT / "mmseqrec/artifacts/bench/gpu.json"
+    if not path.exists(): pytest.skip("no GPU has been lent yet")
+    stored = read_json(path)
+    assert stored["provenance"]["gpu"] and not stored["provenance"]["tiny"] and not stored["tests"]["failed"]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pages import page_process
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 
@@ -26,14 +28,8 @@ def numbers(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_page_runs(page, tmp_path):
-    (tmp_path / "nbs").mkdir()
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    copy = Path(shutil.copy(page, tmp_path / "nbs"))
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-           "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env.pop("MPLBACKEND", None)  # figures are shown inline
-    ran = subprocess.run([Path(sys.executable).with_name("nbdev-test"), copy, "--n-workers", "0", "--save"],
-                         cwd=tmp_path, env=env, capture_output=True, text=True)
+    copy, process = page_process(page, tmp_path)
+    ran = subprocess.run(**process, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "Warning" not in ran.stderr, ran.stderr
     shown = outputs(copy)

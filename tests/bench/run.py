@@ -60,7 +60,7 @@ def bench_cases(
     chosen = {o: [o] if o in cases else [name for name in cases if name.startswith(o)] for o in options.only}
     lost = [o for o, names in chosen.items() if not names]
     if lost: raise ValueError(f"there is no case {lost[0]!r}; there are {', '.join(cases)}")
-    return {name: run for name, run in cases.items() if name in sum(chosen.values(), [])}
+    return {name: cases[name] for names in chosen.values() for name in names}
 
 def run_bench(
     options: BenchOptions,
@@ -107,7 +107,7 @@ def bench_parser() -> Parser:
     parser.add_argument("--missrec-code", metavar="FOLDER", help="checkout of MISSRec's released code; needs "
                         "--recbole-python. Without released code: a reference mode, labelled as such")
     parser.add_argument("--only", metavar="NAME", nargs="+", help="names of cases or their beginnings, such as "
-                        "training/sasrec or growth")
+                        "training/sasrec or growth, measured in this order")
     parser.add_argument("--rounds", metavar="N", type=at_least(int, 1), help="turns of each side (default: 5)")
     parser.add_argument("--round-seconds", metavar="S", type=at_least(float, .01),
                         help="about how long each side trains in a turn (default: 8)")
