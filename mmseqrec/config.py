@@ -114,9 +114,9 @@ class _Data:
     images: str | None = _setting(None, "folder of images", metavar="FOLDER")
     user_column: str = _setting("user_id", "column of users", metavar="NAME")
     item_column: str = _setting("item_id", "column of items, in both tables", metavar="NAME")
-    time_column: str = _setting("timestamp", "column of times", metavar="NAME")
+    time_column: str = _setting("timestamp", "column of times; '' for the order of the rows", metavar="NAME")
     text_columns: tuple[str, ...] | None = _setting(
-        None, "columns of text", shown="those with usual names", metavar="NAME", nargs="+")
+        None, "columns of text; '' for none", shown="those with usual names", metavar="NAME", nargs="+")
     image_column: str | None = _setting(
         None, "column of file names", shown="search by item id", metavar="NAME")
     min_user: int = _setting(5, "k-core: fewest events of a user", low=1)

@@ -212,7 +212,8 @@ def _choose_columns(table, id_column, text_columns, image_column):
     chosen = [name for name in TEXT_COLUMNS if name in names and name not in wanted.values()]
     if not chosen and not image_column:
         problem = f"no column with a usual name for text ({', '.join(TEXT_COLUMNS)}) in {names}"
-        raise ValueError(f"{table.name}: {problem}; choose text_columns=[...], or text_columns=[] for none")
+        remedy = "choose text_columns=[...], or text_columns=[] for none"
+        raise ValueError(f"{table.name}: {problem}; {remedy}")
     return chosen
 
 # %% ../../nbs/12_data.items.ipynb #item-ids

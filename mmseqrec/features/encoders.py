@@ -166,7 +166,8 @@ def load_catalogue(
     try:
         with safe_open(tables, "pt") as file: mark = (file.metadata() or {}).get("fingerprint")
         tensors = load_file(tables)
-    except SafetensorError: raise ValueError(f"{tables}: damaged; save the catalogue again") from None
+    except SafetensorError:
+        raise ValueError(f"{tables}: damaged; save the catalogue again") from None
     if not isinstance(about, dict) or mark != about.pop("fingerprint", mark and ""):
         raise ValueError(f"{folder}: the two files are of different catalogues; save it again")
     if not mmap: tensors = {name: table.clone() for name, table in tensors.items()}
@@ -385,8 +386,8 @@ def _load_model(name, shipped="clip"):
 def _network_folder(folder):
     "Return where the network lies: below, in older folders of sentence-transformers."
     if not Path(folder, "modules.json").is_file(): return folder
-    below = [path for kind, path in _modules(folder).items() if kind in ("Transformer", "CLIPModel")]
-    return Path(folder, *below[:1])
+    modules = _modules(folder)
+    return Path(folder, modules.get("Transformer", modules.get("CLIPModel", "")))
 
 # %% ../../nbs/21_features.encoders.ipynb #find-on-hub
 def _find_on_hub(name):
