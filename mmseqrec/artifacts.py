@@ -68,7 +68,8 @@ def write_json(
     "Write `value` as indented JSON, whole or not at all."
     def plain(x): return x.tolist() if isinstance(x, (np.generic, np.ndarray)) else str(x)
     text = json.dumps(value, indent=1, default=plain, ensure_ascii=False)
-    with atomic_path(path) as temporary: temporary.write_bytes((text + "\n").encode(errors="backslashreplace"))
+    raw = f"{text}\n".encode(errors="backslashreplace")
+    with atomic_path(path) as temporary: temporary.write_bytes(raw)
     return Path(path)
 
 # %% ../nbs/01_artifacts.ipynb #read-text

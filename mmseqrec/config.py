@@ -114,9 +114,11 @@ class _Data:
     images: str | None = _setting(None, "folder of images", metavar="FOLDER")
     user_column: str = _setting("user_id", "column of users", metavar="NAME")
     item_column: str = _setting("item_id", "column of items, in both tables", metavar="NAME")
-    time_column: str = _setting("timestamp", "column of times; '' for the order of the rows", metavar="NAME")
+    time_column: str = _setting(
+        "timestamp", "column of times; '' takes the order of the rows", metavar="NAME")
     text_columns: tuple[str, ...] | None = _setting(
-        None, "columns of text; '' for none", shown="those with usual names", metavar="NAME", nargs="+")
+        None, "columns of text; '' for none", shown="those with usual names", metavar="NAME",
+        nargs="+")
     image_column: str | None = _setting(
         None, "column of file names", shown="search by item id", metavar="NAME")
     min_user: int = _setting(5, "k-core: fewest events of a user", low=1)
@@ -244,7 +246,8 @@ def _checked(setting, value):
     "Return a value as its field holds it; raise `ValueError` for one that cannot be."
     kind, name = _kind(setting), setting.name
     if isinstance(value, PurePath): value = str(value)
-    if kind is tuple and isinstance(value, list): value = tuple(value)
+    if kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        value = tuple(value)
     if name == "text_columns" and value == ("",): return ()
     if value is setting.default: return value
     if name.endswith("_column") and not value: return None

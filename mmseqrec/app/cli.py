@@ -279,7 +279,8 @@ def main(
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.command is not None: return _call(args, f"mmseqrec {shlex.join(argv)}")
+    typed = f"mmseqrec {shlex.join(argv)}".encode(errors="backslashreplace").decode()
+    if args.command is not None: return _call(args, typed)
     parser.print_help()
     return 0
 

@@ -310,11 +310,12 @@ def _load_array(path):
     "Map an array of numbers from .npy, or the only one of .npz; `ValueError` names the file."
     if not Path(path).is_file(): raise FileNotFoundError(f"there is no file of features {path}")
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-        names = getattr(found, "files", None)
-        rows = found if names is None else found[names[0]] if len(names) == 1 else None
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(rows, np.ndarray):
+            with rows as archive: rows = [archive[name] for name in archive.files]
+            if len(rows) == 1: rows = rows[0]
     except Exception: raise ValueError(_NO_ARRAY.format(path, _NOT_WHOLE)) from None
-    if rows is None: raise ValueError(_NO_ARRAY.format(path, f"several arrays {names}"))
+    if isinstance(rows, list): raise ValueError(_NO_ARRAY.format(path, f"{len(rows)} arrays"))
     if rows.dtype.kind in "fiub": return rows
     raise ValueError(_NO_ARRAY.format(path, f"an array of {rows.dtype}, not of numbers"))
 
