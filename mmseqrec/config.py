@@ -12,6 +12,8 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import PurePath
+from typing import get_args, get_origin
 
 # %% ../nbs/46_config.ipynb #names
 SYSTEM_TITLES = {
@@ -112,9 +114,11 @@ class _Data:
     images: str | None = _setting(None, "folder of images", metavar="FOLDER")
     user_column: str = _setting("user_id", "column of users", metavar="NAME")
     item_column: str = _setting("item_id", "column of items, in both tables", metavar="NAME")
-    time_column: str = _setting("timestamp", "column of times", metavar="NAME")
+    time_column: str = _setting(
+        "timestamp", "column of times; '' takes the order of the rows", metavar="NAME")
     text_columns: tuple[str, ...] | None = _setting(
-        None, "columns of text", shown="those with usual names", metavar="NAME", nargs="+")
+        None, "columns of text; '' for none", shown="those with usual names", metavar="NAME",
+        nargs="+")
     image_column: str | None = _setting(
         None, "column of file names", shown="search by item id", metavar="NAME")
     min_user: int = _setting(5, "k-core: fewest events of a user", low=1)
@@ -228,15 +232,40 @@ class RunConfig(_Training, _Systems, _Features, _Marketplace, _Data):
             raise ValueError(f"unknown setting {unknown[0]!r}; there are {', '.join(known)}")
         return cls(**values)
 
+# %% ../nbs/46_config.ipynb #checked
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
+          tuple: "a list"}
+
+def _kind(setting):
+    "Return the type of a field without `None` and without what a tuple holds."
+    kind = setting.type
+    while kind not in _KINDS: kind = tuple if get_origin(kind) is tuple else get_args(kind)[0]
+    return kind
+
+def _checked(setting, value):
+    "Return a value as its field holds it; raise `ValueError` for one that cannot be."
+    kind, name = _kind(setting), setting.name
+    if isinstance(value, PurePath): value = str(value)
+    if kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        value = tuple(value)
+    if name == "text_columns" and value == ("",): return ()
+    if value is setting.default: return value
+    if name.endswith("_column") and not value: return None
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or isinstance(value, bool) > (kind is bool):
+        raise ValueError(f"{name} must be {_KINDS[kind]}, got {value!r}")
+    if value in (choices := setting.metadata.get("choices", [value])): return value
+    raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
+
 # %% ../nbs/46_config.ipynb #check-config
 _EITHER = "give either a source ({0.source}) or tables of your own ({0.interactions})"
 _METRIC = "unknown metric {!r}; use recall@k, ndcg@k, mrr@k with a whole number k, or mrr"
 
 def _check_config(config):
     "Turn lists into tuples; raise `ValueError` for what does not exist or contradicts itself."
-    for name in ("text_columns", "systems", "seeds"):
-        value = getattr(config, name)
-        if value is not None: object.__setattr__(config, name, tuple(value))
+    for setting in fields(config):
+        value = _checked(setting, getattr(config, setting.name))
+        object.__setattr__(config, setting.name, value)
     if unknown := [name for name in config.systems or () if name not in SYSTEM_TITLES]:
         raise ValueError(f"unknown system {unknown[0]!r}; there are {', '.join(SYSTEM_TITLES)}")
     if not config.seeds: raise ValueError("give at least one seed")

@@ -11,7 +11,9 @@ __all__ = ['IMAGE_SUFFIXES', 'TEXT_COLUMNS', 'ItemTable', 'clean_text', 'split_s
 
 # %% ../../nbs/12_data.items.ipynb #imports
 import html
+import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -147,23 +149,55 @@ def _named_images(cells, folder, locate):
     for row, cell in enumerate(cells):
         names = cell if isinstance(cell, list) else str(cell).split("|") if cell is not None else []
         names = dict.fromkeys(name.strip() for name in names if name and name.strip())
-        try: rows.append([safe_image_path(folder, name) for name in names])
+        try: rows.append([_as_on_disk(safe_image_path(folder, name)) for name in names])
         except ValueError as error: raise ValueError(f"{locate(row)}: {error}") from None
     return rows
 
+def _as_on_disk(path):
+    "Return the path with its name in the normal form of Unicode that the file has, if it is there."
+    if path.name.isascii() or path.exists(): return path
+    names = (unicodedata.normalize(form, path.name) for form in ("NFC", "NFD"))
+    return next(filter(Path.exists, map(path.with_name, names)), path)
+
 # %% ../../nbs/12_data.items.ipynb #image-files
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
+_NONE_FITS = ("none of the {} files in {}, such as {!r}, has the name of an item, such as {!r}; "
+              "expected <item_id>.jpg or <item_id>_1.jpg (also {}), or image_column='...'")
 
 def _found_images(tokens, folder):
     "Image files of each item, from names such as `pan.png`, `pan_0.png`, sorted by number."
-    rows = {token: [] for token in tokens}
-    for path in folder.iterdir():
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."): continue
-        stem, number = path.stem, -1
-        if stem not in rows and (parts := re.fullmatch(r"(.+)[_-](\d{1,4})", stem)):
-            stem, number = parts[1], int(parts[2])
-        if stem in rows: rows[stem].append((number, path))
-    return [[path for _, path in sorted(rows[token])] for token in tokens]
+    rows, files = {_composed(token): [] for token in tokens}, list(_files_below(folder))
+    for path in files:
+        stem, number = _owner(path, rows, folder)
+        place = (len(path.parts), path.parent)
+        if path.suffix.lower() in IMAGE_SUFFIXES and stem in rows:
+            rows[stem].append((place, number, path))
+    if files and not any(rows.values()):
+        suffixes = " ".join(IMAGE_SUFFIXES[1:])
+        example = str(files[0].relative_to(folder))
+        raise ValueError(_NONE_FITS.format(len(files), folder, example, tokens[0], suffixes))
+    found = (sorted(rows[_composed(token)]) for token in tokens)
+    return [[path for place, _, path in row if place == row[0][0]] for row in found]
+
+# %% ../../nbs/12_data.items.ipynb #files-below
+def _composed(name):
+    "Write accented letters as one character each, as most tables do and some file systems do not."
+    return unicodedata.normalize("NFC", name)
+
+def _files_below(folder):
+    "Yield the files in a folder and in those below it, without hidden ones and lists in JSON."
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        for name in sorted(files):
+            if not name.startswith(".") and not name.endswith(".json"): yield Path(root, name)
+
+def _owner(path, items, folder):
+    "Return the item that a file, or its folder below `folder`, is called after; and its number."
+    stem, parent = _composed(path.stem), _composed(path.parent.name)
+    if path.parent != folder and parent in items:
+        return parent, int(re.search(r"\d{0,4}$", stem)[0] or -1)
+    parts = None if stem in items else re.fullmatch(r"(.+)[_-](\d{1,4})", stem)
+    return (parts[1], int(parts[2])) if parts else (stem, -1)
 
 # %% ../../nbs/12_data.items.ipynb #text-columns
 TEXT_COLUMNS = ("title", "name", "text", "description", "details", "features", "categories",
@@ -178,7 +212,8 @@ def _choose_columns(table, id_column, text_columns, image_column):
     chosen = [name for name in TEXT_COLUMNS if name in names and name not in wanted.values()]
     if not chosen and not image_column:
         problem = f"no column with a usual name for text ({', '.join(TEXT_COLUMNS)}) in {names}"
-        raise ValueError(f"{table.name}: {problem}; choose text_columns=[...], or [] for none")
+        remedy = "choose text_columns=[...], or text_columns=[] for none"
+        raise ValueError(f"{table.name}: {problem}; {remedy}")
     return chosen
 
 # %% ../../nbs/12_data.items.ipynb #item-ids

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product, takewhile
+from itertools import product, takewhile, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -360,6 +360,7 @@ _FIELDS = {  # release -> our column -> the record's keys, the first that holds 
              "features": ["features"], "categories": ["categories"], "brand": ["store"],
              "image_urls": ["images"]},
 }
+_LINK_KEYS = list(dict.fromkeys(key for names in _FIELDS.values() for key in names["image_urls"]))
 _MARKS = {"2014": {"imUrl", "salesRank"},
           "2018": {"also_buy", "also_view", "main_cat", "tech1", "imageURL", "imageURLHighRes"},
           "2023": {"parent_asin", "main_category", "bought_together"}}
@@ -374,9 +375,16 @@ def _strings(value):
     return [value] if isinstance(value, str) and value.strip() else []
 
 # %% ../../nbs/13_data.sources.ipynb #links
+_SIZES = ("large", "hi_res", "thumb", "large_image_url", "medium_image_url", "small_image_url",
+          "url")
+
 def _links(value):
-    "Return the address of each image, from strings or from dictionaries of sizes."
-    sizes = lambda each: filter(None, map(each.get, ("large", "hi_res", "thumb")))
+    "Return the address of each image: of strings, dictionaries of sizes, or a list of each size."
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # a list written as text
+        value = re.findall(r"https?://[^\s'\"\\]+", value)
+    if isinstance(value, dict) and all(isinstance(each, list) for each in value.values()):
+        value = [dict(zip(value, sizes)) for sizes in zip_longest(*value.values())]
+    sizes = lambda each: filter(None, map(each.get, _SIZES))
     pick = lambda each: next(sizes(each), None) if isinstance(each, dict) else each
     links = map(pick, value if isinstance(value, (list, tuple)) else [value])
     return list(dict.fromkeys(text.strip() for link in links for text in _strings(link)))
@@ -397,7 +405,9 @@ _JOINED = {"title": " ", "categories": ", ", "brand": " "}  # columns of one tex
 def _item_record(record, release, max_field_chars, counts):
     "Turn a metadata record into a row with the columns of `_ITEM_SCHEMA`; count what is dropped."
     first = lambda column: next(filter(None, map(record.get, _FIELDS[release][column])), None)
-    row = {"item_id": str(first("item_id")).strip(), "image_urls": _links(first("image_urls"))}
+    keys = _FIELDS[release]["image_urls"] + _LINK_KEYS  # its own, then those of other layouts
+    links = next(filter(None, map(_links, map(record.get, keys))), [])
+    row = {"item_id": str(first("item_id")).strip(), "image_urls": links}
     fields = {column: _strings(first(column)) for column in _FIELDS[release] if column not in row}
     if release == "2018": _mend_2018(fields, counts)
     fields["categories"] = dict.fromkeys(fields["categories"])
@@ -438,8 +448,10 @@ def _read_metadata(path, release, wanted, max_field_chars, progress):
         if row["item_id"] in wanted and rows.setdefault(row["item_id"], row) is not row:
             counts["further descriptions of an item, of which the first stays"] += 1
     if example is None: raise ValueError(f"{name}: the file is empty; fetch it again")
-    items = pl.DataFrame(list(rows.values()), _ITEM_SCHEMA)
-    return items, [f"{what}: {n:,}" for what, n in counts.items()], example
+    items, notes = pl.DataFrame(list(rows.values()), _ITEM_SCHEMA), []
+    if rows and not items["image_urls"].list.len().sum():
+        notes.append(f"{name}: no record has a link to an image in {', '.join(_LINK_KEYS)}")
+    return items, [*notes, *(f"{what}: {n:,}" for what, n in counts.items())], example
 
 # %% ../../nbs/13_data.sources.ipynb #check-described
 def _check_described(items, example, rated, source, files):
@@ -883,7 +895,7 @@ def read_benchmark(
     name = name or _atomic_name(folder, ".train.inter")
     split = _join_rows(*_prefix_rows(folder, name), name)
     merged = folder / f"{name}.pt_datasets"
-    domains = merged.read_text().split(",") if merged.exists() else [name]
+    domains = merged.read_text(encoding="utf-8-sig").split(",") if merged.exists() else [name]
     domains = list(map(str.strip, domains))
     lists = [folder / f"{domain}.item2index" for domain in domains]
     names = [_item_index(path) if path.exists() else None for path in lists]

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image, UnidentifiedImageError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -163,10 +163,14 @@ def load_catalogue(
     if missing := [path for path in (plain, tables) if not path.exists()]:
         raise FileNotFoundError(f"{missing[0]}: not there; save the catalogue again")
     about = read_json(plain)
-    with safe_open(tables, "pt") as file: mark = (file.metadata() or {}).get("fingerprint")
-    if mark != about.pop("fingerprint"):
+    try:
+        with safe_open(tables, "pt") as file: mark = (file.metadata() or {}).get("fingerprint")
+        tensors = load_file(tables)
+    except SafetensorError:
+        raise ValueError(f"{tables}: damaged; save the catalogue again") from None
+    if not isinstance(about, dict) or mark != about.pop("fingerprint", mark and ""):
         raise ValueError(f"{folder}: the two files are of different catalogues; save it again")
-    tensors = {name: table if mmap else table.clone() for name, table in load_file(tables).items()}
+    if not mmap: tensors = {name: table.clone() for name, table in tensors.items()}
     about["report"] = tuple(about["report"])
     return Catalogue(**dict.fromkeys(("text_emb", "image_emb")) | about | tensors)
 
@@ -229,7 +233,8 @@ class Encoder:
         self.device, self.name, self.settings = get_device(device), str(name), settings
         self.model = model.float().eval().requires_grad_(False).to(self.device)
         self.fingerprint = fingerprint(self.kind, ENCODING_VERSION, settings, _digest(self.model))
-        self.size = self.encode_batch([self.blank]).shape[1]
+        with _told(name, f"the network cannot read a {self.word}"):
+            self.size = self.encode_batch([self.blank]).shape[1]
 
     def encode(
         self,
@@ -249,6 +254,15 @@ class Encoder:
     def __repr__(self):
         kind = type(self).__name__
         return f"{kind}({self.name}, size={self.size}, fingerprint={self.fingerprint})"
+
+# %% ../../nbs/21_features.encoders.ipynb #told
+@contextlib.contextmanager
+def _told(name, what):
+    "Turn an error of the `with` block into a `ValueError` that names the checkpoint."
+    try: yield
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{name}: {what} ({first}); choose another checkpoint") from None
 
 # %% ../../nbs/21_features.encoders.ipynb #weights-digest
 def _digest(model):
@@ -351,21 +365,29 @@ _SAFE = dict(use_safetensors=True, trust_remote_code=False)
 @quiet_transformers()
 def _load_model(name, shipped="clip"):
     "Load `(network, folder or hub name, is in the hub's cache, pooler is untrained)` of a name."
-    folder = artifact_path(shipped) if name == "shipped" else name
+    folder = _network_folder(artifact_path(shipped) if name == "shipped" else name)
     cached = not Path(folder).is_dir() and _find_on_hub(str(name))
     options = dict(output_loading_info=True, local_files_only=cached, **_SAFE)
     try: model, info = transformers.AutoModel.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any library below
         first = str(error).strip().split("\n")[0] or type(error).__name__
         raise FileNotFoundError(f"{name}: no checkpoint with safetensors weights ({first}); check "
                                 "the name, or save it anew with save_pretrained") from None
-    lacking = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
+    has_decoder = hasattr(model, "encoder") and hasattr(model, "decoder")  # the first is used
+    lacking = [key for key in info["missing_keys"] if not key.endswith("position_ids")
+               and not (has_decoder and key.startswith("decoder."))]
     if needed := sorted(key for key in lacking if "pooler" not in key):
         raise ValueError(f"{name}: as a {type(model).__name__}, the checkpoint lacks {len(needed)} "
                          f"weights, such as {needed[0]}")
     for name, weight in model.named_parameters():  # a pooler of random numbers, read by nobody
         if name in lacking: torch.nn.init.zeros_(weight)
-    return model, folder, cached, bool(lacking)
+    return model.encoder if has_decoder else model, folder, cached, bool(lacking)
+
+def _network_folder(folder):
+    "Return where the network lies: below, in older folders of sentence-transformers."
+    if not Path(folder, "modules.json").is_file(): return folder
+    modules = _modules(folder)
+    return Path(folder, modules.get("Transformer", modules.get("CLIPModel", "")))
 
 # %% ../../nbs/21_features.encoders.ipynb #find-on-hub
 def _find_on_hub(name):
@@ -405,6 +427,16 @@ def _side_file(name, file):
     try: return read_json(transformers.utils.cached_file(name, file, local_files_only=cached))
     except OSError: return {}
 
+_MODULES = ("Transformer", "CLIPModel", "Pooling", "Normalize", "Dropout")  # no effect: Dropout
+
+def _modules(name):
+    "Return the modules of a sentence-transformers checkpoint, class -> folder; or `{}`."
+    listed = _side_file(name, "modules.json") or []
+    modules = {each["type"].rpartition(".")[2]: each.get("path", "") for each in listed}
+    if not (other := set(modules) - set(_MODULES)): return modules
+    raise ValueError(f"{name}: its module {min(other)} is not supported; choose a checkpoint of "
+                     "Transformer, Pooling and Normalize")
+
 # %% ../../nbs/21_features.encoders.ipynb #resolve-pooling
 def resolve_pooling(
     name: str | Path,  # folder or hub name
@@ -414,13 +446,37 @@ def resolve_pooling(
 
     Raises `ValueError` for a pooling that is not one of the three."""
     if hasattr(model, "get_text_features"): return "clip"
-    modes = _side_file(name, "1_Pooling/config.json")
+    modes = _side_file(name, f"{_modules(name).get('Pooling', '1_Pooling')}/config.json")
     if not modes: return "mean"
     chosen = [key.split("_")[2] for key, on in modes.items() if on is True and "_mode_" in key]
     chosen = chosen or [str(modes.get("pooling_mode"))]
     if chosen not in (["mean"], ["cls"]):
         raise ValueError(f"{name}: pooling {chosen} is not supported; pass pooling='mean' or 'cls'")
     return chosen[0]
+
+# %% ../../nbs/21_features.encoders.ipynb #load-tokenizer
+_NO_LIMIT = 1_000_000  # tokens; tokenizers write 1e30 where they know of none
+
+def _load_tokenizer(name, folder, cached, n_vectors):
+    "Load a tokenizer that can pad; raise `ValueError` if it does not fit `n_vectors` tokens."
+    options = dict(trust_remote_code=False, local_files_only=cached)
+    with _told(name, "its tokenizer cannot be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    problem = "no words: tokenizer files are missing" * (not words)
+    if n_vectors and tokenizer.vocab_size > n_vectors:
+        problem = f"{tokenizer.vocab_size} tokens, its network {n_vectors}"
+    if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None: problem = "no token to pad with"
+    if not problem: return tokenizer
+    raise ValueError(f"{name}: its tokenizer has {problem}; save network and tokenizer together "
+                     "with save_pretrained")
+
+def _places(model):
+    "List how many positions each table has that leaves places out for padding."
+    return [module.num_embeddings - module.padding_idx - 1
+            for name, module in model.named_modules() if name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None]
 
 # %% ../../nbs/21_features.encoders.ipynb #load-text-encoder
 @quiet_transformers()
@@ -436,19 +492,19 @@ def load_text_encoder(
     Raises `FileNotFoundError` or `ValueError` that say what is wrong with the checkpoint."""
     shipped = "clip" if pooling == "clip" else "sentences"
     model, folder, cached, _ = _load_model(name, shipped)
-    if pooling == "auto": pooling = resolve_pooling(folder, model)
+    root = artifact_path(shipped) if name == "shipped" else name
+    if pooling == "auto": pooling = resolve_pooling(root, model)
     fitting = ["clip"] if hasattr(model, "get_text_features") else ["mean", "cls"]
     if pooling not in fitting:
         raise ValueError(f"{name}: pooling {pooling!r} does not fit; use 'auto' or {fitting}")
-    if normalize is None:
-        modules = _side_file(folder, "modules.json")
-        normalize = any("Normalize" in module.get("type", "") for module in modules)
-    load = transformers.AutoTokenizer.from_pretrained
-    tokenizer = load(folder, trust_remote_code=False, local_files_only=cached)
+    if normalize is None: normalize = "Normalize" in _modules(root)
     config = getattr(model.config, "text_config", model.config)
+    tokenizer = _load_tokenizer(name, folder, cached, getattr(config, "vocab_size", None))
     limits = [max_tokens, _side_file(folder, "sentence_bert_config.json").get("max_seq_length"),
-              tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
-    limit = min(limit for limit in limits if limit)
+              tokenizer.model_max_length, getattr(config, "max_position_embeddings", None),
+              *_places(model)]
+    limit = min(limit for limit in [*limits, _NO_LIMIT] if limit)
+    limit = 512 if limit == _NO_LIMIT else limit
     return TextEncoder(model, tokenizer, name, pooling, normalize, limit, device)
 
 # %% ../../nbs/21_features.encoders.ipynb #load-image-encoder
@@ -465,7 +521,9 @@ def load_image_encoder(
     settings = settings or _side_file(folder, "processor_config.json").get("image_processor", {})
     if not settings:
         raise ValueError(f"{name}: no preprocessor_config.json; add the original checkpoint's")
-    if pooling == "auto": pooling = _image_pooling(model, settings, pooler_is_untrained)
+    if pooling == "auto":
+        with _told(name, "the network cannot read a picture"):
+            pooling = _image_pooling(model, settings, pooler_is_untrained)
     return ImageEncoder(model, settings, name, pooling, device)
 
 # %% ../../nbs/21_features.encoders.ipynb #image-pooling
