@@ -220,7 +220,8 @@ def _print_run(run, path, is_standard, start):
     "Print what was left out or replaced, the table, and where the report is."
     from mmseqrec.app.report import format_seconds, one_seed_note
     for note in run.data.notes:
-        if "(because" in note or is_standard and "left out" in note: print(note)
+        words = "(because", "copying", *["left out"] * is_standard
+        if any(word in note for word in words): print(note)
     n, seconds = mm.core.n_processes(), format_seconds(time.perf_counter() - start)
     together = f" on {n} processes" if n > 1 else ""
     ceiling = "" if run.ceiling is None else _PLANTED

@@ -24,8 +24,8 @@ import numpy as np
 import polars as pl
 from tqdm.auto import tqdm
 
-from .interactions import (Interactions, _check_columns, _clean_ids, read_table,
-                                        select_events)
+from .interactions import (Interactions, _check_columns, _clean_ids, _parts, bare_id,
+                                        read_table, select_events)
 from ..figures import COLORS, MAX_PIXELS, ImageError, _axes, _image_file, open_image
 
 # %% ../../nbs/12_data.items.ipynb #item-table
@@ -122,8 +122,7 @@ def _goes_on(block, stop):
 # %% ../../nbs/12_data.items.ipynb #item-sentences
 def _item_sentences(cells):
     "Split the text cells of one item (strings, lists of strings, None) into distinct sentences."
-    lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
-    texts = [clean_text(str(part)) for parts in lists for part in parts if part]
+    texts = [clean_text(str(part)) for part in _parts(cells)]
     return list(dict.fromkeys(sentence for text in texts for sentence in split_sentences(text)))
 
 # %% ../../nbs/12_data.items.ipynb #safe-image-path
@@ -144,9 +143,9 @@ def _named_images(cells, folder, locate):
     "Image files of each item, from cells that hold a list, a string with `|`, or nothing."
     rows = []
     for row, cell in enumerate(cells):
-        names = cell if isinstance(cell, list) else str(cell).split("|") if cell is not None else []
-        names = dict.fromkeys(name.strip() for name in names if name and name.strip())
-        try: rows.append([safe_image_path(folder, name) for name in names])
+        split = (lambda name: [name]) if isinstance(cell, list) else (lambda name: name.split("|"))
+        names = [name.strip() for part in _parts(cell) for name in split(str(part))]
+        try: rows.append([safe_image_path(folder, name) for name in dict.fromkeys(names) if name])
         except ValueError as error: raise ValueError(f"{locate(row)}: {error}") from None
     return rows
 
@@ -285,6 +284,17 @@ def check_images(
     images = [[path for path in row if path not in problems] for row in table.images]
     return ImageReport(replace(table, images=images), broken, len(files))
 
+# %% ../../nbs/12_data.items.ipynb #lost-zeros
+def _refuse_lost_zeros(table, unknown, unused):
+    "Raise a `ValueError` if ids of one side are those of the other, read as numbers."
+    described = {bare_id(token): token for token in unused if bare_id(token)}
+    pairs = [(token, described[bare_id(token)]) for token in unknown if bare_id(token) in described]
+    if not pairs: return
+    (token, other), n = pairs[0], len(pairs)
+    raise ValueError(f"{table.source}: describes {other!r}, but the events have {token!r} "
+                     f"(pairs like this: {n:,}): one side was read as numbers; "
+                     "read ids as text (dtype=str in pandas) on both sides")
+
 # %% ../../nbs/12_data.items.ipynb #align
 def align_items(
     table: ItemTable,  # as read
@@ -294,6 +304,7 @@ def align_items(
     if list(item_tokens[:1]) != ["[PAD]"]: raise ValueError("item_tokens must start with '[PAD]'")
     rows = {token: row for row, token in enumerate(table.item_tokens) if token != "[PAD]"}
     unknown = [token for token in item_tokens[1:] if token not in rows]
+    _refuse_lost_zeros(table, unknown, set(rows).difference(item_tokens))
     if 0 < len(unknown) == len(item_tokens) - 1:
         problem = f"describes none of the {len(unknown)} items, such as {unknown[0]!r}"
         raise ValueError(f"{table.source}: {problem}, but {table.item_tokens[:3]}; check the ids")
