@@ -415,7 +415,8 @@ _HALF = re.compile("[\ud800-\udfff]")
 def _as_text(value):
     "Write a value as text; null stays null."
     if isinstance(value, str): return _HALF.sub("\ufffd", value)
-    return None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, int | float | dict): return json.dumps(value, ensure_ascii=False, default=str)
+    return None if value is None else str(value)
 
 def _text_column(name, cells):
     "Make a column of text, or of lists of text where a cell is a list."
@@ -462,7 +463,7 @@ def _check_columns(names, wanted, name):
 # %% ../../nbs/11_data.interactions.ipynb #read-frame
 def _from_polars(column):
     "Return a column of a polars frame, as a list of cells where it has no type of its own."
-    return column.to_list() if column.dtype in (pl.Object, pl.Binary) else column
+    return column.to_list() if column.dtype in (pl.Object, pl.Binary, pl.Duration) else column
 
 def _read_frame(source, wanted):
     "Wrap a polars, pandas or Arrow table in a `Table`."
