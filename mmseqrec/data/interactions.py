@@ -400,8 +400,9 @@ def _plain(cell):
     if isinstance(cell, str | list | None): return cell
     if isinstance(cell, tuple | set): return list(cell)
     if str(cell) in _NOTHING: return None
-    convert = ("as_py", "tolist", "to_list") if not isinstance(cell, np.datetime64) else ("__str__",)
-    return next((getattr(cell, name)() for name in convert if hasattr(cell, name)), cell)
+    if isinstance(cell, np.datetime64): return str(cell)
+    methods = (getattr(cell, name, None) for name in ("as_py", "tolist", "to_list"))
+    return next((convert() for convert in methods if convert), cell)
 
 def _parts(cell):
     "List what a cell holds: nothing, one value, or the values of lists in lists."
@@ -699,7 +700,8 @@ def _refuse_rows(table, column, bad, kind, problem):
     if not bad.any(): return
     row = bad.arg_max()
     value = table.frame[column][row]
-    found = "empty" if value in (None, "", _NAT, str(_NAT)) else problem.format(value)
+    is_empty = value in (None, _NAT) or str(value).strip() in ("", str(_NAT))
+    found = "empty" if is_empty else problem.format(value)
     raise ValueError(f"{table.locate(row)}: the {kind} in column {column!r} is {found} "
                      f"(rows like this: {bad.sum()}); correct or remove the row")
 

@@ -237,7 +237,8 @@ def image_problem(
         if not path.is_file(): return "not a file"
         if path.stat().st_size == 0: return "empty file"
         with _image_file(path, max_pixels) as image:
-            if min(image.size) < min_side: return "placeholder of {} x {} pixels".format(*image.size)
+            if min(image.size) < min_side:
+                return f"placeholder of {image.width} x {image.height} pixels"
             if decode or not _ends_whole(path, image): open_image(path, max_pixels)
     except ImageError as error: return error.args[1]
     except OSError as error: return error.strerror

@@ -26,9 +26,9 @@ from safetensors.numpy import load_file, save_file
 from ..artifacts import atomic_path, fingerprint, provenance, read_json, write_json
 from ..config import ALL, STANDARD, SYSTEM_TITLES, RunConfig
 from ..core import derive_seed, from_main, join_processes, set_seed
-from ..data.interactions import (Interactions, Split, _pairs, global_time_split, hold_out_items,
-                                        interaction_statistics, k_core, leave_one_out,
-                                        read_interactions)
+from ..data.interactions import (Interactions, Split, _pairs, global_time_split,
+                                        hold_out_items, interaction_statistics, k_core,
+                                        leave_one_out, read_interactions)
 from ..data.items import ItemTable, check_images, read_items
 from ..data.sequences import TEST, VALID, SequenceStore
 from ..data.sources import fetch_source, read_benchmark
