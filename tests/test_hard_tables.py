@@ -14,7 +14,7 @@ from PIL import Image
 from mmseqrec.app.report import first_pictures, thumbnail
 from mmseqrec.data.interactions import bare_id, make_interactions, parse_times, read_interactions
 from mmseqrec.data.items import ItemTable, check_images, image_problem, read_items
-from mmseqrec.data.sources import read_amazon, read_atomic, read_movielens
+from mmseqrec.data.sources import RawTables, read_amazon, read_atomic, read_movielens
 from mmseqrec.experiments.run import _copy_notes, prepare_data
 from mmseqrec.figures import ImageError, open_image, plot_images
 from mmseqrec.viz.embeddings import plot_picture_map
@@ -258,6 +258,13 @@ def test_public_data_follow_the_same_rule(tmp_path):
     refused(lambda: read_movielens(tmp_path / "ml"), "ratings.csv, line", "ratings.csv, line", "write dates or numbers")
 
 
+def test_damaged_tables_of_a_source_are_named(tmp_path):
+    path = write(tmp_path / "ratings_X.csv", "U1,B000000001,5.0,1400000000\n")
+    read_amazon(2014, path).write(tmp_path / "kept")
+    (tmp_path / "kept/items.parquet").write_bytes(b"PAR1 and no more")
+    refused(lambda: RawTables.read(tmp_path / "kept"), "kept: damaged tables")
+
+
 # ---------------------------------------------------------------- ids
 
 LONG = 1582218195625938945
@@ -265,7 +272,7 @@ LONG = 1582218195625938945
 
 @pytest.mark.parametrize("ids", [pl.Series([float(LONG), 2.]), pl.Series([2.**53, 2.]), pl.Series([2.**24, 2.], dtype=pl.Float32),
                                  pl.Series([float(LONG), "b"], dtype=pl.Object), pl.Series([f"{float(LONG)}", "b"]),
-                                 pl.Series(["1.58222E+18", "b"]), pl.Series([f"{LONG}.0", "b"])])
+                                 pl.Series(["1.58222E+18", "b"]), pl.Series(["1.58222e18", "b"]), pl.Series([f"{LONG}.0", "b"])])
 def test_ids_that_lost_digits(tmp_path, ids):
     for column in ("user_id", "item_id"):
         refused(lambda: read_interactions(frame(**{column: ids})), "row 0", "lost digits", "as text")
@@ -297,6 +304,7 @@ def test_a_number_beside_its_text_is_refused_with_both_places(tmp_path, first, s
 def test_numbers_beside_other_texts_are_ids():
     assert read_interactions(frame(user_id=pl.Series([7, "b"], dtype=pl.Object))).user_tokens == ["7", "b"]
     assert read_interactions(frame(user_id=pl.Series(["7", "007"]))).user_tokens == ["007", "7"]
+    assert read_interactions(frame(user_id=pl.Series(["5E12", "1e3"]))).user_tokens == ["1e3", "5E12"], "names of parts"
     refused(lambda: read_interactions(frame(user_id=pl.Series([1.5, "b"], dtype=pl.Object))), "row 0", "ids must be text")
 
 

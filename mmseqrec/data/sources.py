@@ -95,7 +95,9 @@ class RawTables:
         "Read what `write` has written."
         about = read_json(Path(folder) / "source.json")
         paths = (Path(folder) / f"{name}.parquet" for name in ("interactions", "items"))
-        tables = [pl.read_parquet(path, glob=False) for path in paths]
+        try: tables = [pl.read_parquet(path, glob=False) for path in paths]
+        except pl.exceptions.PolarsError:
+            raise ValueError(f"{folder}: damaged tables; delete source.json and fetch again") from None
         return cls(about["source"], *tables, tuple(about["notes"]), about["terms"])
 
 # %% ../../nbs/13_data.sources.ipynb #refuse
