@@ -416,8 +416,8 @@ _HALF = re.compile("[\ud800-\udfff]")
 def _as_text(value):
     "Write a value as text; null stays null."
     if isinstance(value, str): return _HALF.sub("\ufffd", value)
-    if isinstance(value, int | float | dict): return json.dumps(value, ensure_ascii=False, default=str)
-    return None if value is None else str(value)
+    if not isinstance(value, int | float | dict): return None if value is None else str(value)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 def _text_column(name, cells):
     "Make a column of text, or of lists of text where a cell is a list."

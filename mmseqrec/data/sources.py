@@ -96,8 +96,8 @@ class RawTables:
         about = read_json(Path(folder) / "source.json")
         paths = (Path(folder) / f"{name}.parquet" for name in ("interactions", "items"))
         try: tables = [pl.read_parquet(path, glob=False) for path in paths]
-        except pl.exceptions.PolarsError:
-            raise ValueError(f"{folder}: damaged tables; delete source.json and fetch again") from None
+        except pl.exceptions.PolarsError: raise ValueError(
+            f"{folder}: damaged tables; delete source.json and fetch again") from None
         return cls(about["source"], *tables, tuple(about["notes"]), about["terms"])
 
 # %% ../../nbs/13_data.sources.ipynb #refuse

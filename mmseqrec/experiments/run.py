@@ -398,8 +398,8 @@ def _data_notes(config, events, kept, checked, split):
     return [note.format(n=n, **facts) for note, n in zip(_LEFT_OUT, counts) if n]
 
 # %% ../../nbs/60_experiments.run.ipynb #copy-notes
-_COPIES = ("The metrics would measure copying: {}; if these are no repeats of the users, keep one row "
-           "of each event and run again.")
+_COPIES = ("The metrics would measure copying: {}; if these are no repeats of the users, keep one "
+           "row of each event and run again.")
 
 def _copy_notes(events):
     "Say in a sentence that every event stands twice, or that most neighbours are one item."
