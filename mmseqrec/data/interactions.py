@@ -739,7 +739,7 @@ def _mixed_ids(table, column):
     return pl.Series(column, ids, dtype=pl.String)
 
 # %% ../../nbs/11_data.interactions.ipynb #clean-ids-whole
-_SHORTENED = r"^-?\d(\.\d+[eE]\+?|[eE]\+)\d+$|^-?\d{16,}\.0*$"  # as spreadsheets and pandas write them
+_SHORTENED = r"^-?\d(\.\d+[eE]\+?|[eE]\+)\d+$|^-?\d{16,}\.0*$"  # by a spreadsheet
 
 def _clean_ids(table, column):
     "Return ids as text or whole numbers; raise a `ValueError` where one is missing or neither."
