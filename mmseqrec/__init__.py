@@ -8,12 +8,12 @@ __version__ = "0.1.0"
 PUBLIC = {  # module -> the names that `import mmseqrec as mm` offers
     "core": "check_shape derive_seed get_device set_seed",
     "artifacts": "artifact_path compute_or_load download",
-    "figures": "COLORS plot_bars plot_heatmap plot_images plot_lines set_style",
+    "figures": "COLORS open_image plot_bars plot_heatmap plot_images plot_lines set_style",
     "data.synthetic": "Marketplace dataset_statistics make_caption_corpus make_marketplace plot_items",
     "data.interactions": "TEST TRAIN VALID Interactions Split combine_domains global_time_split hold_out_items "
                          "interaction_statistics k_core leave_one_out load_split make_interactions read_interactions "
                          "save_split",
-    "data.items": "ItemTable check_images open_image read_items",
+    "data.items": "ItemTable check_images read_items",
     "data.sources": "download_images fetch_source read_amazon read_atomic read_benchmark read_movielens",
     "data.sequences": "Batch SequenceStore collate expand_prefixes position_batches prefix_batches",
     "features.clip": "load_clip load_shipped_clip retrieval_recall train_clip",

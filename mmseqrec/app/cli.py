@@ -223,7 +223,7 @@ table.json has more of each system: Recall@50, NDCG@50 and MRR, spread over seed
 The report is {}. Everything took {}{}."""
 
 _TOLD = re.compile(  # what a person should know who reads no report
-    r"\(because|\b(is|are) (without|not in the table)|could not be used|\blinks?\b")
+    r"\(because|\b(is|are) (without|not in the table)|could not be used|\blinks?\b|\bcopying\b")
 _PLANTED = "\nThe ceiling knows everything that was planted in the marketplace."
 
 def _print_run(run, path, is_standard, start):

@@ -29,13 +29,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 
 from ..artifacts import artifact_path, atomic_path
 from ..blocks.interests import plot_interests
 from ..core import derive_seed, get_device, get_precision
 from ..data.interactions import plot_history_lengths, plot_long_tail
-from ..data.items import ItemTable, open_image
+from ..data.items import ItemTable
 from ..data.sequences import TEST, evaluation_batches
 from ..evaluation import (history_groups, plot_slices, popularity_groups, slice_table,
                                  user_means)
@@ -43,7 +42,7 @@ from ..experiments.run import (SYSTEMS, Result, Run, RunData, difference, result
                                       seeds_of_systems, summary_of_seeds)
 from ..features.encoders import Catalogue
 from ..features.keywords import STOP_WORDS, split_words
-from ..figures import _STYLE, COLORS, _axes, figure_to_png, plot_bars
+from ..figures import _STYLE, COLORS, _axes, figure_to_png, open_image, plot_bars
 from ..models.missrec import MISSRec
 from ..recommender import Recommender, encode_catalogue
 from ..viz.embeddings import pca_2d, plot_map, plot_picture_map, umap_2d
@@ -97,7 +96,7 @@ def thumbnail(
 ) -> bytes | None:  # a PNG or JPEG file, whichever is smaller; `None` if the image cannot be read
     "Make an image small."
     try: image = open_image(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError): return None
+    except (OSError, ValueError): return None
     image.thumbnail((side, side))
     jpeg, png = io.BytesIO(), io.BytesIO()
     image.save(jpeg, format="JPEG", quality=80, optimize=True)

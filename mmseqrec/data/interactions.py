@@ -8,7 +8,7 @@ Docs: https://mmseqrec.github.io/mmseqrec/data.interactions.html.md"""
 __all__ = ['TRAIN', 'VALID', 'TEST', 'Interactions', 'encode_tokens', 'make_interactions', 'select_events', 'drop_duplicates',
            'k_core', 'interaction_statistics', 'plot_history_lengths', 'plot_long_tail', 'Split', 'leave_one_out',
            'global_time_split', 'future_leakage', 'hold_out_items', 'check_disjoint', 'combine_domains', 'save_split',
-           'load_split', 'Table', 'read_table', 'parse_times', 'read_interactions']
+           'load_split', 'Table', 'read_table', 'bare_id', 'parse_times', 'read_interactions']
 
 # %% ../../nbs/11_data.interactions.ipynb #imports
 import codecs
@@ -21,6 +21,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import compress, islice
@@ -384,15 +385,67 @@ class Table:
     frame: pl.DataFrame  # the columns; text where the source has no types
     name: str  # what error messages call the source
     locate: Callable[[int], str]  # row, counted from 0 -> `"ratings.csv, line 7"`
+    cells: Mapping[str, list] = field(default_factory=dict)  # of columns that mix types, as read
 
     def __post_init__(self):
         if not self.frame.height: raise ValueError(f"{self.name}: a header but no rows; check it")
 
+# %% ../../nbs/11_data.interactions.ipynb #cells
+_NAT = -2**63  # what NaT becomes as an integer
+_NOTHING = ("nan", "NaN", "NaT", "<NA>", str(_NAT))
+
+def _plain(cell):
+    "Return a cell of any library as text, number, list or another object; a missing one as `None`."
+    if isinstance(cell, bytes): return cell.decode("utf-8", "backslashreplace")
+    if isinstance(cell, str | list | None): return cell
+    if isinstance(cell, tuple | set): return list(cell)
+    if str(cell) in _NOTHING: return None
+    if isinstance(cell, np.datetime64): return str(cell)
+    methods = (getattr(cell, name, None) for name in ("as_py", "tolist", "to_list"))
+    return next((convert() for convert in methods if convert), cell)
+
+def _parts(cell):
+    "List what a cell holds: nothing, one value, or the values of lists in lists."
+    cell = _plain(cell)
+    if isinstance(cell, list): return [part for each in cell for part in _parts(each)]
+    return [] if cell is None else [cell]
+
+# %% ../../nbs/11_data.interactions.ipynb #cells-column
+_HALF = re.compile("[\ud800-\udfff]")
+
+def _as_text(value):
+    "Write a value as text; null stays null."
+    if isinstance(value, str): return _HALF.sub("\ufffd", value)
+    if not isinstance(value, int | float | dict): return None if value is None else str(value)
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+def _text_column(name, cells):
+    "Make a column of text, or of lists of text where a cell is a list."
+    if not any(isinstance(cell, list) for cell in cells):
+        return pl.Series(name, list(map(_as_text, cells)), dtype=pl.String)
+    rows = [None if cell is None else list(map(_as_text, _parts(cell))) for cell in cells]
+    return pl.Series(name, rows, dtype=pl.List(pl.String))
+
+def _make_table(columns, name, locate):
+    "Make a `Table` of columns: polars series, or lists of cells of any kind."
+    frame, mixed = {}, {}
+    for key, cells in columns.items():
+        frame[key] = cells
+        if not isinstance(cells, list): continue
+        if set(map(type, cells)) <= {str, type(None)}:
+            with suppress(UnicodeEncodeError): frame[key] = pl.Series(key, cells, dtype=pl.String)
+        if frame[key] is not cells: continue
+        mixed[key] = list(map(_plain, cells))
+        frame[key] = _text_column(key, mixed[key])
+    return Table(pl.DataFrame(frame), name, locate, mixed)
+
 # %% ../../nbs/11_data.interactions.ipynb #from-pandas
 def _from_pandas(column):
-    "Convert a column of a pandas frame; missing values of any kind become null."
+    "Convert a column of a pandas frame to a polars series, or to a list of cells."
     if getattr(column.dtype, "tz", None): column = column.dt.tz_convert(None)
-    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iufbM": return column.to_numpy()
+    kind = column.dtype.kind if isinstance(column.dtype, np.dtype) else ""
+    if kind == "M": return pl.Series(column.to_numpy().astype("datetime64[us]"))
+    if kind and kind in "iufb": return pl.Series(column.to_numpy())
     return column.astype(object).where(column.notna(), None).tolist()
 
 # %% ../../nbs/11_data.interactions.ipynb #columns
@@ -409,15 +462,20 @@ def _check_columns(names, wanted, name):
         raise ValueError(f"{name}: no column {column!r}; there are {there}. {remedy}")
 
 # %% ../../nbs/11_data.interactions.ipynb #read-frame
+def _from_polars(column):
+    "Return a column of a polars frame, as a list of cells where it has no type of its own."
+    return column.to_list() if column.dtype in (pl.Object, pl.Binary, pl.Duration) else column
+
 def _read_frame(source, wanted):
-    "Wrap a polars or pandas frame in a `Table`."
+    "Wrap a polars, pandas or Arrow table in a `Table`."
+    if hasattr(source, "column_names"): source = pl.DataFrame(source)
     names = list(map(str, source.columns))
     _check_columns(names, wanted, "DataFrame")
-    if not isinstance(source, pl.DataFrame):
-        columns = {str(name): _from_pandas(column) for name, column in source.items()}
-        source = pl.DataFrame(columns, strict=False)
-    frame = source.select(list((wanted or {}).values()) or names)
-    return Table(frame, "DataFrame", lambda row: f"DataFrame, row {row} (counted from 0)")
+    series = source if isinstance(source, pl.DataFrame) else source.items()
+    convert = _from_polars if series is source else lambda item: _from_pandas(item[1])
+    columns = {name: column for name, column in zip(names, series)}
+    columns = {name: convert(columns[name]) for name in (wanted or {}).values() or names}
+    return _make_table(columns, "DataFrame", lambda row: f"DataFrame, row {row} (counted from 0)")
 
 # %% ../../nbs/11_data.interactions.ipynb #sniff
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -518,21 +576,52 @@ def _explain_bad_text(content, separator, name, error):
         if len(fields) <= width: continue
         problem = f"{len(fields)} fields, but the header has {width}; quote any with {separator!r}"
         raise ValueError(f"{name}, line {line}: {problem}") from None
-    line = _first_line(content, lambda line: line.count(b'"') % 2)
-    if line: raise ValueError(f"{name}, line {line}: a stray double quote; {remedy}") from None
     raise ValueError(f"{name}: cannot be read ({str(error).splitlines()[0]}); {remedy}") from None
 
+# %% ../../nbs/11_data.interactions.ipynb #quotes
+_STRAY = "a stray double quote; write it twice inside quotes, as a standard CSV writer does"
+_RUNS_ON = ("a field in double quotes runs over a line end, but each line is a row; "
+            "close the quote, or write a quote that is a character twice")
+
+def _quote_char(content, separator, name):
+    "Return `\"` if double quotes enclose fields, `None` if they are characters; refuse a riddle."
+    with _binary(content) as file:
+        if not any(b'"' in part for part in iter(partial(file.read, 1 << 24), b"")): return '"'
+    with _binary(content) as file: data = file.read().removeprefix(codecs.BOM_UTF8)
+    sep, tabs = separator.encode(), separator == "\t"
+    edge = rb"[^%b\r\n]" % sep
+    field = rb'(?<!%b)"[^"]*(?:""[^"]*)*"(?!%b)' % (edge, edge)
+    rest = re.sub(field, b"", data)
+    stray, runs_on = b'"' in rest, rest.count(b"\n") < data.count(b"\n")
+    if not stray and not runs_on: return '"'
+    flat = len({line.count(sep) for line in data.splitlines() if line.strip()}) == 1
+    plain = stray and not runs_on and (tabs or flat and not re.search(rb'(?<!%b)"' % edge, rest))
+    if plain or tabs and flat: return None
+    for found in re.finditer(field + rb'|(")', data) if stray or flat or tabs else ():
+        n_lines, n_cuts = found[0].count(b"\n"), data.partition(b"\n")[0].count(sep)
+        each_is_row = n_lines and (flat or tabs and found[0].count(sep) == n_lines * n_cuts)
+        if not found[1] and not each_is_row: continue
+        line = data.count(b"\n", 0, found.start()) + 1
+        raise ValueError(f"{name}, line {line}: {_STRAY if found[1] else _RUNS_ON}")
+    return '"'
+
 # %% ../../nbs/11_data.interactions.ipynb #delimited-read
+def _unquote(frame):
+    "Take the quotes off fields, and off names of columns, that stand in quotes as a whole."
+    inside = pl.all().str.extract(r'^"((?:[^"]|"")*)"$').str.replace_all('""', '"', literal=True)
+    frame = frame.select(inside.fill_null(pl.all()))
+    return frame.rename({name: name[1:-1] for name in frame.columns if name[0] == name[-1] == '"'})
+
 def _read_delimited(content, separator, wanted, name):
     "Read CSV or TSV text into a `Table` of text columns."
     _check_columns(next(_records(content, separator, name), (1, []))[1], wanted, name)
-    options = {"separator": separator, "infer_schema": False, "glob": False}
-    for quote in ('"', None):
-        try: frame = pl.read_csv(content, quote_char=quote, **options)
-        except pl.exceptions.PolarsError as error:
-            if separator == "," or quote is None: _explain_bad_text(content, separator, name, error)
-        else: break
+    quote = _quote_char(content, separator, name)
+    options = {"separator": separator, "infer_schema": False, "glob": False, "quote_char": quote}
+    try: frame = pl.read_csv(content, **options)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        _explain_bad_text(content, separator, name, error)
     filled = frame.select(pl.any_horizontal(pl.all().is_not_null())).to_series()
+    if quote is None: frame = _unquote(frame)
     def locate(row):
         row = int(filled.arg_true()[row])
         return f"{name}, line {_line_of_row(content, row, separator, quotes=quote is not None)}"
@@ -546,32 +635,25 @@ def _json_rows(content, name):
         for number, line in enumerate(lines, 1):
             if not line.strip(): continue
             where = f"{name}, line {number}"
-            try: row = json.loads(line)
+            try: row = json.loads(line, parse_constant=lambda name: None)  # NaN is missing
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not valid JSON ({getattr(error, 'msg', error)}); "
                                  "write one object a line") from None
             if not isinstance(row, dict): raise ValueError(f"{where}: not a JSON object {{...}}")
             yield number, row
 
-# %% ../../nbs/11_data.interactions.ipynb #json-column
-def _as_text(value):
-    "Write a JSON value as text; text and null stay as they are."
-    return value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False)
-
-def _json_column(key, values, lists):
-    "Make a column of text, or of lists of text where `lists` allows it and a value is one."
-    if not lists or not any(isinstance(value, list) for value in values):
-        return pl.Series(key, list(map(_as_text, values)), dtype=pl.String)
-    parts = lambda value: list(map(_as_text, value if isinstance(value, list) else [value]))
-    rows = [value if value is None else parts(value) for value in values]
-    return pl.Series(key, rows, dtype=pl.List(pl.String))
-
 # %% ../../nbs/11_data.interactions.ipynb #read-json
+_KINDS_OF_ID = (rb'"', rb"-?\d", rb"-?\d+[.eE]", rb"[\[{]")  # text, number, decimal number, nested
+
 def _read_flat_json(content, wanted, name):
-    "Read some fields with polars; return `None` where one is missing or a line is damaged."
+    "Read some fields with polars; return `None` where that could lose something."
     with _binary(content) as file: data = file.read()
+    for column in (column for key, column in wanted.items() if key != "time_column"):
+        field = re.escape(json.dumps(column).encode()) + rb"\s*:\s*"
+        text, number, *other = (re.search(field + kind, data) for kind in _KINDS_OF_ID)
+        if text and number or any(other): return None
     try: frame = pl.read_ndjson(data, schema=dict.fromkeys(wanted.values(), pl.String))
-    except (pl.exceptions.PolarsError, RuntimeError): return None
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, RuntimeError): return None
     if any(column.null_count() for column in frame): return None
     line = lambda row: next(islice(_json_rows(content, name), row, None))[0]
     return Table(frame, name, lambda row: f"{name}, line {line(row)}")
@@ -583,8 +665,8 @@ def _read_json(content, wanted, name):
         if table := _read_flat_json(content, wanted, name): return table
     numbers, rows = zip(*_json_rows(content, name))
     keys = dict.fromkeys(wanted.values() if wanted else (key for row in rows for key in row))
-    columns = [_json_column(key, [row.get(key) for row in rows], lists=not wanted) for key in keys]
-    return Table(pl.DataFrame(columns), name, lambda row: f"{name}, line {numbers[row]}")
+    columns = {key: [row.get(key) for row in rows] for key in keys}
+    return _make_table(columns, name, lambda row: f"{name}, line {numbers[row]}")
 
 # %% ../../nbs/11_data.interactions.ipynb #read-parquet
 def _read_parquet(content, wanted, name):
@@ -596,7 +678,8 @@ def _read_parquet(content, wanted, name):
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         problem = str(error).splitlines()[0]
         raise ValueError(f"{name}: damaged Parquet ({problem}); fetch or write it again") from None
-    return Table(frame, name, lambda row: f"{name}, row {row + 1}")
+    columns = {column.name: _from_polars(column) for column in frame}
+    return _make_table(columns, name, lambda row: f"{name}, row {row + 1}")
 
 # %% ../../nbs/11_data.interactions.ipynb #read-table
 def read_table(
@@ -617,22 +700,68 @@ def _refuse_rows(table, column, bad, kind, problem):
     if not bad.any(): return
     row = bad.arg_max()
     value = table.frame[column][row]
-    found = "empty" if value in (None, "") else problem.format(value)
+    is_empty = value in (None, _NAT) or str(value).strip() in ("", str(_NAT))
+    found = "empty" if is_empty else problem.format(value)
     raise ValueError(f"{table.locate(row)}: the {kind} in column {column!r} is {found} "
                      f"(rows like this: {bad.sum()}); correct or remove the row")
 
 # %% ../../nbs/11_data.interactions.ipynb #clean-ids
+_NEEDED = "ids must be text or whole numbers"
+_AS_TEXT = "read ids as text (dtype=str in pandas)"
+_ROUNDED = "holds decimal numbers beyond 2**{}, which have lost digits; " + _AS_TEXT
+
+def bare_id(
+    token: str,  # an id
+) -> str | None:  # `"7"` for `"007"` and `"7.0"`; `None` for an id that is no number
+    "Return the id without what is lost when it is read as a number."
+    found = re.fullmatch(r"0*(\d+)(?:\.0*)?", token)
+    return found and found[1]
+
+def _mixed_ids(table, column):
+    "Return ids as text, from cells that mix types; raise a `ValueError` where two become one."
+    first, ids = {}, []
+    for row, cell in enumerate(table.cells[column]):
+        place = table.locate
+        if isinstance(cell, float):
+            problem = f"holds {cell}, but {_NEEDED}" if cell % 1 else _ROUNDED.format(53)
+            if cell % 1 or abs(cell) >= 2**53:
+                raise ValueError(f"{place(row)}: column {column!r} {problem}")
+            cell = int(cell)
+        ids.append(text := _as_text(cell))
+        bare = text and bare_id(text)
+        if isinstance(cell, str) and _HALF.search(cell): raise ValueError(
+            f"{place(row)}: the id {cell!r} in column {column!r} holds half a character; "
+            "correct it where it was written")
+        kind, other = first.setdefault(bare, (type(cell), row))
+        if bare and (kind is str) != isinstance(cell, str): raise ValueError(
+            f"{place(row)}: column {column!r} holds {cell!r}, but {table.cells[column][other]!r} "
+            f"in {place(other)}; {_AS_TEXT}, all of them")
+    return pl.Series(column, ids, dtype=pl.String)
+
+# %% ../../nbs/11_data.interactions.ipynb #clean-ids-whole
+_SHORTENED = r"^-?\d(\.\d+[eE]\+?|[eE]\+)\d+$|^-?\d{16,}\.0*$"  # by a spreadsheet
+
 def _clean_ids(table, column):
     "Return ids as text or whole numbers; raise a `ValueError` where one is missing or neither."
-    values, needed = table.frame[column], "ids must be text or whole numbers"
-    if values.dtype.is_nested(): raise ValueError(f"{table.name}: {column!r} holds lists; {needed}")
+    values, refuse = table.frame[column], partial(_refuse_rows, table, column, kind="id")
+    if values.dtype.is_nested():
+        raise ValueError(f"{table.name}: {column!r} holds lists; {_NEEDED}")
+    if column in table.cells: values = _mixed_ids(table, column)
     if values.dtype.is_float():
+        bits = 24 if values.dtype == pl.Float32 else 53
+        large = ((values.abs() >= 2.**bits) & values.is_finite()).fill_null(False)
+        if large.any():
+            where = table.locate(large.arg_max())
+            raise ValueError(f"{where}: column {column!r} {_ROUNDED.format(bits)}")
         odd = (values.is_finite() & (values % 1 != 0)).fill_null(False)
-        _refuse_rows(table, column, odd, "id", "{}, but " + needed)
+        refuse(odd, problem="{}, but " + _NEEDED)
         values = values.fill_nan(None).cast(pl.Int64, strict=False)
     elif not values.dtype.is_integer():
-        values = values.cast(pl.String).str.strip_chars().replace("", None)
-    _refuse_rows(table, column, values.is_null(), "id", "empty")
+        values = values.cast(pl.String).str.strip_chars().replace(["", str(_NAT)], None)
+        refuse(values.str.contains(_SHORTENED).fill_null(False),
+               problem="{}, a number that has lost digits: " + _AS_TEXT)
+    elif values.dtype == pl.Int64: values = values.replace(_NAT, None)
+    refuse(values.is_null(), problem="empty")
     return values
 
 # %% ../../nbs/11_data.interactions.ipynb #parse-dates
@@ -659,19 +788,54 @@ def parse_times(
     "Read times as numbers; ISO 8601 dates become seconds since 1970 (UTC unless they name a zone)."
     if not (values.dtype.is_numeric() or values.dtype in (pl.Date, pl.Datetime)):
         values = _parse_text(values.cast(pl.String).str.strip_chars())
-    if values.dtype.is_integer(): return values.cast(pl.Int64)
+    if values.dtype.is_integer(): return values.cast(pl.Int64, strict=False).replace(_NAT, None)
     if not values.dtype.is_numeric(): values = values.dt.epoch("us") / 1_000_000
-    numbers = values.cast(pl.Float64).replace([np.nan, np.inf, -np.inf], None)
+    numbers = values.cast(pl.Float64).replace([np.nan, np.inf, -np.inf, _NAT], None)
     whole = ((numbers % 1 == 0) & (numbers.abs() < 2**53)).all()
     return numbers.cast(pl.Int64) if whole else numbers
 
+# %% ../../nbs/11_data.interactions.ipynb #refuse-two-kinds
+def _refuse_two_kinds(table, column, times):
+    "Raise a `ValueError` that names two rows if `column` has dates beside numbers."
+    bad, values = times.is_null(), table.frame[column]
+    if not bad.any() or bad.all(): return
+    row, other = bad.arg_max(), (~bad).arg_max()
+    if parse_times(values.slice(row, 1)).has_nulls(): return
+    raise ValueError(f"{table.locate(row)}: the time in column {column!r} is {values[row]!r}, but "
+                     f"{values[other]!r} in {table.locate(other)}; write dates or numbers in all")
+
+# %% ../../nbs/11_data.interactions.ipynb #refuse-two-units
+_UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
+
+def _refuse_two_units(table, column, times):
+    "Raise a `ValueError` that names two rows if the numbers of `column` have two units."
+    values, size = table.frame[column], np.abs(times.fill_null(0).to_numpy().astype(float))
+    if values.dtype.is_temporal() or "-" in str(values[0])[1:]: return  # dates are all seconds
+    for limit in (1e11, 1e14, 1e17):
+        is_small, is_large = (size >= limit / 1000) & (size < limit), size >= limit
+        if not is_small.any() or not is_large.any(): continue
+        if size[is_large].min() < 30 * size[is_small].max(): continue
+        rows = int(is_large.argmax()), int(is_small.argmax())
+        large, small = (_UNITS[np.searchsorted((1e11, 1e14, 1e17), size[row], "right")]
+                        for row in rows)
+        raise ValueError(
+            f"{table.locate(rows[0])}: the time in column {column!r} is {times[rows[0]]}, but "
+            f"{times[rows[1]]} in {table.locate(rows[1])}: {is_large.sum():,} times are {large} "
+            f"and the others {small}; bring them to one unit")
+
 # %% ../../nbs/11_data.interactions.ipynb #clean-times
+def _refuse_mixed_times(table, column, times):
+    "Raise a `ValueError` that names two rows if a column of times mixes kinds or units."
+    _refuse_two_kinds(table, column, times)
+    _refuse_two_units(table, column, times)
+
 def _clean_times(table, column):
     "Return times as numbers `[E]`; raise a `ValueError` where one is missing or not a time."
     values = table.frame[column]
     if values.dtype.is_nested() or values.dtype == pl.Boolean:
         raise ValueError(f"{table.name}: column {column!r} holds {values.dtype}, not times")
     times = parse_times(values)
+    _refuse_mixed_times(table, column, times)
     _refuse_rows(table, column, times.is_null(), "time", "{!r}, neither a number nor an ISO date")
     return times.to_numpy()
 

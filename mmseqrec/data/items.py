@@ -6,8 +6,8 @@ Docs: https://mmseqrec.github.io/mmseqrec/data.items.html.md"""
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'TEXT_COLUMNS', 'ItemTable', 'clean_text', 'split_sentences', 'safe_image_path', 'read_items',
-           'open_image', 'image_problem', 'ImageReport', 'check_images', 'align_items', 'require_modality',
-           'plot_missing_modalities', 'plot_modality_counts']
+           'image_problem', 'ImageReport', 'check_images', 'align_items', 'require_modality', 'plot_missing_modalities',
+           'plot_modality_counts']
 
 # %% ../../nbs/12_data.items.ipynb #imports
 import html
@@ -24,12 +24,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from .interactions import (Interactions, _check_columns, _clean_ids, read_table,
-                                        select_events)
-from ..figures import COLORS, _axes
+from .interactions import (Interactions, _check_columns, _clean_ids, _parts, bare_id,
+                                        read_table, select_events)
+from ..figures import COLORS, MAX_PIXELS, ImageError, _axes, _image_file, open_image
 
 # %% ../../nbs/12_data.items.ipynb #item-table
 _SUMMARY = ("ItemTable({n_items:,} items: {both:,} with text and images, "
@@ -125,8 +124,7 @@ def _goes_on(block, stop):
 # %% ../../nbs/12_data.items.ipynb #item-sentences
 def _item_sentences(cells):
     "Split the text cells of one item (strings, lists of strings, None) into distinct sentences."
-    lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
-    texts = [clean_text(str(part)) for parts in lists for part in parts if part]
+    texts = [clean_text(str(part)) for part in _parts(cells)]
     return list(dict.fromkeys(sentence for text in texts for sentence in split_sentences(text)))
 
 # %% ../../nbs/12_data.items.ipynb #safe-image-path
@@ -147,8 +145,9 @@ def _named_images(cells, folder, locate):
     "Image files of each item, from cells that hold a list, a string with `|`, or nothing."
     rows = []
     for row, cell in enumerate(cells):
-        names = cell if isinstance(cell, list) else str(cell).split("|") if cell is not None else []
-        names = dict.fromkeys(name.strip() for name in names if name and name.strip())
+        split = (lambda name: [name]) if isinstance(cell, list) else (lambda name: name.split("|"))
+        names = [name.strip() for part in _parts(cell) for name in split(str(part))]
+        names = [name for name in dict.fromkeys(names) if name]
         try: rows.append([_as_on_disk(safe_image_path(folder, name)) for name in names])
         except ValueError as error: raise ValueError(f"{locate(row)}: {error}") from None
     return rows
@@ -261,52 +260,24 @@ def read_items(
     images = _item_images(table, tokens, image_folder, image_column)
     return ItemTable(tokens, list(map(_item_sentences, cells)), images, table.name)
 
-# %% ../../nbs/12_data.items.ipynb #open-image
-def open_image(
-    source,  # image file, PIL image, or array `[height, width, 3]` of bytes
-) -> Image.Image:  # RGB, upright, transparent parts white
-    """Open an image of any kind as RGB.
-
-    Raises `OSError`, `ValueError`, `SyntaxError` or `DecompressionBombError` for a broken one."""
-    if isinstance(source, np.ndarray): source = Image.fromarray(source)
-    if isinstance(source, Image.Image): return _to_rgb(source)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(source) as image: return _to_rgb(image)
-
-def _to_rgb(image):
-    "Turn upright as the camera's EXIF note says, put on white, convert to three channels of bytes."
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # keep the upper 8 of 16 bits
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
 # %% ../../nbs/12_data.items.ipynb #image-problem
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-
 def image_problem(
     path: Path,  # an image file
     decode: bool = False,  # decode every pixel, instead of checking header, checksums and end
     min_side: int = 2,  # pixels; smaller images are placeholders
-    max_pixels: int = 50_000_000,  # larger images are refused undecoded
+    max_pixels: int = MAX_PIXELS,  # larger images are refused undecoded
 ) -> str | None:  # what is wrong in a few words, or `None`
     "Say what is wrong with an image file."
     try:
         if not path.exists(): return "no such file"
         if not path.is_file(): return "not a file"
         if path.stat().st_size == 0: return "empty file"
-        with Image.open(path, formats=_FORMATS) as image:
-            size = f"{image.width} x {image.height} pixels"
-            if min(image.size) < min_side: return f"placeholder of {size}"
-            if image.width * image.height > max_pixels: return f"too large: {size}"
-            if decode or not _ends_whole(path, image): open_image(path)
-    except UnidentifiedImageError: return "not a picture (JPEG, PNG, WebP, GIF or BMP)"
-    except _BOMBS: return "too large: a decompression bomb"
-    except Exception as error: return f"damaged: {error or type(error).__name__}"
+        with _image_file(path, max_pixels) as image:
+            if min(image.size) < min_side:
+                return f"placeholder of {image.width} x {image.height} pixels"
+            if decode or not _ends_whole(path, image): open_image(path, max_pixels)
+    except ImageError as error: return error.args[1]
+    except OSError as error: return error.strerror
 
 def _ends_whole(path, image):
     "Tell from checksums or the last bytes that a file is whole; raise where a checksum is wrong."
@@ -334,7 +305,7 @@ def check_images(
     *,
     decode: bool = False,  # decode every pixel: slow and certain
     min_side: int = 2,  # pixels; smaller images are placeholders
-    max_pixels: int = 50_000_000,  # larger images are refused undecoded
+    max_pixels: int = MAX_PIXELS,  # larger images are refused undecoded
     workers: int = 8,  # threads
     progress: bool = False,  # show a progress bar
 ) -> ImageReport:  # its `table` is safe to encode
@@ -350,6 +321,17 @@ def check_images(
     images = [[path for path in row if path not in problems] for row in table.images]
     return ImageReport(replace(table, images=images), broken, len(files))
 
+# %% ../../nbs/12_data.items.ipynb #lost-zeros
+def _refuse_lost_zeros(table, unknown, unused):
+    "Raise a `ValueError` if ids of one side are those of the other, read as numbers."
+    described = {bare_id(token): token for token in unused if bare_id(token)}
+    pairs = [(token, described[bare_id(token)]) for token in unknown if bare_id(token) in described]
+    if not pairs: return
+    (token, other), n = pairs[0], len(pairs)
+    raise ValueError(f"{table.source}: describes {other!r}, but the events have {token!r} "
+                     f"(pairs like this: {n:,}): one side was read as numbers; "
+                     "read ids as text (dtype=str in pandas) on both sides")
+
 # %% ../../nbs/12_data.items.ipynb #align
 def align_items(
     table: ItemTable,  # as read
@@ -359,6 +341,7 @@ def align_items(
     if list(item_tokens[:1]) != ["[PAD]"]: raise ValueError("item_tokens must start with '[PAD]'")
     rows = {token: row for row, token in enumerate(table.item_tokens) if token != "[PAD]"}
     unknown = [token for token in item_tokens[1:] if token not in rows]
+    _refuse_lost_zeros(table, unknown, set(rows).difference(item_tokens))
     if 0 < len(unknown) == len(item_tokens) - 1:
         problem = f"describes none of the {len(unknown)} items, such as {unknown[0]!r}"
         raise ValueError(f"{table.source}: {problem}, but {table.item_tokens[:3]}; check the ids")

@@ -39,7 +39,8 @@ from ..artifacts import (atomic_path, download, file_sha256, fingerprint, proven
 from .interactions import (TEST, TRAIN, VALID, Interactions, Split, Table,
                                         _check_content, _explain_bad_text, _line_of_row,
                                         _open_source, _read_delimited, encode_tokens,
-                                        make_interactions, parse_times, read_interactions)
+                                        _refuse_mixed_times, make_interactions, parse_times,
+                                        read_interactions)
 from .items import IMAGE_SUFFIXES, ItemTable, clean_text, image_problem, read_items
 
 # %% ../../nbs/13_data.sources.ipynb #raw-tables
@@ -94,7 +95,9 @@ class RawTables:
         "Read what `write` has written."
         about = read_json(Path(folder) / "source.json")
         paths = (Path(folder) / f"{name}.parquet" for name in ("interactions", "items"))
-        tables = [pl.read_parquet(path, glob=False) for path in paths]
+        try: tables = [pl.read_parquet(path, glob=False) for path in paths]
+        except pl.exceptions.PolarsError: raise ValueError(
+            f"{folder}: damaged tables; delete source.json and fetch again") from None
         return cls(about["source"], *tables, tuple(about["notes"]), about["terms"])
 
 # %% ../../nbs/13_data.sources.ipynb #refuse
@@ -133,6 +136,7 @@ def _event_table(table):
         if n := rating.null_count(): notes.append(f"events without a rating, which stay: {n:,}")
     if "timestamp" in frame.columns:
         times = parse_times(frame["timestamp"])
+        _refuse_mixed_times(table, "timestamp", times)
         _refuse(table, times.is_null(), _NO_TIME, "timestamp")
     else:
         times = pl.int_range(frame.height, eager=True)
@@ -304,10 +308,7 @@ def _check_order(frame, name, release):
 def _in_seconds(frame, name, release):
     "Turn milliseconds into seconds; raise a `ValueError` if an event is younger than its release."
     times = frame["timestamp"]
-    large = times.abs() > 100_000_000_000
-    if large.any() and not large.all():
-        raise ValueError(f"{name}: {large.sum():,} times are milliseconds; bring all to seconds")
-    if large.all(): times = parse_times(pl.Series(times.to_numpy() / 1000))
+    if times.abs().max() > 1e11: times = parse_times(pl.Series(times.to_numpy() / 1000))
     year = 1970 + np.datetime64(int(times.max()), "s").astype("M8[Y]").astype(int)
     if year > int(release):
         raise ValueError(f"{name}: an event of the year {year}, but Amazon Reviews {release} ends "

@@ -26,9 +26,9 @@ from safetensors.numpy import load_file, save_file
 from ..artifacts import atomic_path, fingerprint, provenance, read_json, write_json
 from ..config import ALL, STANDARD, SYSTEM_TITLES, RunConfig
 from ..core import derive_seed, from_main, join_processes, set_seed
-from ..data.interactions import (Interactions, Split, global_time_split, hold_out_items,
-                                        interaction_statistics, k_core, leave_one_out,
-                                        read_interactions)
+from ..data.interactions import (Interactions, Split, _pairs, global_time_split,
+                                        hold_out_items, interaction_statistics, k_core,
+                                        leave_one_out, read_interactions)
 from ..data.items import ItemTable, check_images, read_items
 from ..data.sequences import TEST, VALID, SequenceStore
 from ..data.sources import fetch_source, read_benchmark
@@ -360,7 +360,7 @@ def prepare_data(
     _permitted_systems(config, left_out=[])  # raises before anything is read
     shop = read(config, folder, seconds, progress, split)
     events, store = shop.split.interactions, SequenceStore.from_split(shop.split)
-    left_out = []
+    left_out = _copy_notes(events)
     systems = _permitted_systems(config, left_out, shop.catalogue, shop.encoders)
     with _timed(seconds, "keywords"):
         systems, keywords = _read_keywords(config, systems, shop, store, left_out,
@@ -443,6 +443,21 @@ def _data_notes(config, events, kept, checked, split):
     counts = (events.n_events - kept.n_events, len(checked.broken), len(checked.table.unknown),
               len(split.cold_items))
     return [note.format(n=n, **facts) for note, n in zip(_LEFT_OUT, counts) if n]
+
+# %% ../../nbs/60_experiments.run.ipynb #copy-notes
+_COPIES = ("The metrics would measure copying: {}; if these are no repeats of the users, keep one "
+           "row of each event and run again.")
+
+def _copy_notes(events):
+    "Say in a sentence that every event stands twice, or that most neighbours are one item."
+    pairs = _pairs(events).to_numpy()
+    even = np.unique(pairs, return_counts=True)[1] % 2 == 0
+    same, n = (np.diff(pairs) == 0).sum(), (np.diff(events.user) == 0).sum()
+    if even.mean() > .9: return [_COPIES.format(
+        f"each user has nearly every item an even number of times ({even.mean():.0%} of the pairs "
+        "of user and item), as where every event stands twice")]
+    if same <= .5 * n: return []
+    return [_COPIES.format(f"{same / n:.0%} of the neighbouring events of a user are one item")]
 
 # %% ../../nbs/60_experiments.run.ipynb #result
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,7 +39,7 @@ from ..artifacts import (artifact_path, atomic_path, file_sha256, fingerprint, r
                                 write_json)
 from ..core import (derive_seed, each_for_itself, from_all, from_main, get_device,
                            is_main_process, n_processes, process_index)
-from ..data.items import open_image
+from ..figures import ImageError, open_image
 from .clip import (image_features, preprocess_images, quiet_transformers,
                                     text_features)
 
@@ -702,7 +702,7 @@ def _encode_chunk(places, contents, labels, encoder, dtype):
     return rows, broken
 
 # %% ../../nbs/21_features.encoders.ipynb #reason
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+_UNREADABLE = (OSError, ValueError)
 
 def _take_in(read, contents):
     "Read each content; return `{row: what was read}`, and `{row: reason}` where that fails."
@@ -714,7 +714,7 @@ def _take_in(read, contents):
 
 def _reason(error):
     "Say in a few words why a content could not be opened; its name stands in front already."
-    if isinstance(error, UnidentifiedImageError): return "not a picture in a format that PIL reads"
+    if isinstance(error, ImageError): return error.args[1]
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 # %% ../../nbs/21_features.encoders.ipynb #shares
