@@ -360,7 +360,7 @@ def test_histories_are_read_from_three_kinds_of_files(tmp_path):
                        ("h.json", '[["a", "b"], ["c", "d", "e"]]')):
         (tmp_path / name).write_text(text)
         assert read_histories(tmp_path / name) == [["a", "b"], *[[]] * (name == "h.txt"), ["c", "d", "e"]]
-    for name, text, says in (("x.jsonl", '["a"]\n{', "line 2"), ("y.json", '{"a": 1}', "history 1"),
+    for name, text, says in (("x.jsonl", '["a"]\n{', "line 2"), ("y.json", '{"a": 1}', "line 1"),
                              ("z.jsonl", "[1.5]", "history 1"), ("v.json", "3", "list")):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=says): read_histories(tmp_path / name)
