@@ -5,10 +5,19 @@ import numpy as np
 from PIL import Image
 
 from killed_runs import make_clip
+from mmseqrec.app.cli import main
 from mmseqrec.config import RunConfig
 
 SIZES, COLOURS, THINGS = ("small", "big", "huge"), ("red", "blue", "green", "grey"), ("mug", "kite", "umbrella", "chair", "lamp")
 N_ITEMS, N_USERS = 30, 40
+
+
+def shell(capsys, *words):
+    "Run a command line in this process; return exit code, standard output, standard error."
+    capsys.readouterr()
+    try: code = main([str(word) for word in words])
+    except SystemExit as error: code = error.code
+    return code, *capsys.readouterr()
 
 
 def describe(row): return f"A {SIZES[row % 3]} {COLOURS[row % 4]} {THINGS[row % 5]}."

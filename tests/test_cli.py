@@ -22,17 +22,11 @@ from mmseqrec.app.cli import (default_folder, error_sentence, load_recommender, 
 from mmseqrec.config import ALL, STANDARD, RunConfig
 from mmseqrec.experiments.run import SYSTEMS
 from mmseqrec.features.clip import IMAGE_SETTINGS, quiet_transformers
+from small_shop import shell
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--epochs 2 --device cpu --quiet --systems sasrec content_sasrec".split()
 
-
-def shell(capsys, *words):
-    "Run a command line in this process; return exit code, standard output, standard error."
-    capsys.readouterr()
-    try: code = main([str(word) for word in words])
-    except SystemExit as error: code = error.code
-    return code, *capsys.readouterr()
 
 def process(*words, **options):
     "Start `python -m mmseqrec` in a process of its own."

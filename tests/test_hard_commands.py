@@ -25,17 +25,11 @@ from mmseqrec.experiments import run as experiments
 from mmseqrec.experiments.run import _load_array, prepare_data
 from mmseqrec.features.clip import IMAGE_SETTINGS, quiet_transformers
 from mmseqrec.features.encoders import load_catalogue, load_image_encoder, load_text_encoder
+from small_shop import shell
 
 ROOT = Path(__file__).parent.parent
 FAST = ("--text-encoder", "shipped", "--image-encoder", "shipped", "--device", "cpu", "--quiet", "--min-item", 1)
 
-
-def shell(capsys, *words):
-    "Run a command line in this process; return exit code, standard output, standard error."
-    capsys.readouterr()
-    try: code = main([str(word) for word in words])
-    except SystemExit as error: code = error.code
-    return code, *capsys.readouterr()
 
 def is_one_sentence(text): return len(text.strip().splitlines()) == 1 and "Traceback" not in text
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from ..artifacts import compute_or_load
@@ -23,11 +22,9 @@ from ..data.interactions import (TRAIN, VALID, Interactions, Split, leave_one_ou
                                         select_events)
 from ..data.sequences import SequenceStore
 from ..evaluation import Evaluation, evaluate, user_means
-from .compare import seed_first_jobs, tiny_config
-from .run import (SYSTEMS, Result, RunData, ceiling,
-                                      load_result, prepare_data, result_fingerprint, run_system,
+from .compare import _is_finished, seed_first_jobs, tiny_config
+from .run import (SYSTEMS, Result, RunData, ceiling, prepare_data, run_system,
                                       split_events)
-from ..figures import COLORS
 from ..metrics import bootstrap_interval
 from ..recommender import Recommender
 
@@ -247,7 +244,9 @@ def store_cold(
     "Summarise a grid and store it; trains what is missing unless `cut`."
     grid, folder = GRIDS[name], Path(folder)
     draws = [open_draw(grid, draw, folder / "prepared-0") for draw in range(len(grid.configs))]
-    jobs = [job for job in grid.jobs() if not cut or _is_finished(draws[job[0]], job, folder)]
+    def is_finished(draw, *job):
+        return _is_finished(job, draws[draw].data, draws[draw].config, folder / f"draw-{draw}")
+    jobs = [job for job in grid.jobs() if not cut or is_finished(*job)]
     def compute():
         results = [(draw, _train(draws[draw], job, draw, folder)) for draw, *job in jobs]
         return {"systems": summarise_cold(draws, results, alone=name == "new"),
@@ -259,8 +258,3 @@ def store_cold(
         "configs": [config.changes() for config in grid.configs],
         "jobs": [list(job) for job in jobs],
         "result_versions": {job[1]: SYSTEMS[job[1]].result_version for job in jobs}})
-
-def _is_finished(draw, job, folder):
-    "Look whether a training is stored."
-    place = folder / f"draw-{job[0]}" / "models" / "{}-seed{}".format(*job[1:])
-    return load_result(place, result_fingerprint(*job[1:], draw.data, draw.config)) is not None

@@ -281,11 +281,13 @@ def store_comparison(
     config, folder = COMPARISONS[name], Path(folder)
     jobs, data = seed_first_jobs(config), prepare_data(config, folder / "prepared-0")
     if cut:
-        def is_finished(job):
-            mark = result_fingerprint(*job, data, config)
-            return load_result(folder / "models" / "{}-seed{}".format(*job), mark) is not None
-        jobs = list(filter(is_finished, jobs))
+        jobs = [job for job in jobs if _is_finished(job, data, config, folder)]
         config = replace(config, systems=tuple(dict.fromkeys(name for name, _ in jobs)))
     note = "input not redistributable; aggregates only" if config.interactions else ""
     return stored_grid(path, folder, config, jobs, data=data, note=note,
                        tiny=tiny_config(COMPARISONS["marketplace"], config.systems))
+
+def _is_finished(job, data, config, folder):
+    "Look whether a training (system, seed) is stored in the folder of its grid."
+    place = Path(folder) / "models" / "{}-seed{}".format(*job)
+    return load_result(place, result_fingerprint(*job, data, config)) is not None
