@@ -40,7 +40,7 @@ class SequenceStore:
     "Hold every user's events, sorted by user and time, in flat arrays."
     items: np.ndarray  # `[E]` int32 item of each event, 1..n_items
     offsets: np.ndarray  # `[U + 1]` int64 first event of each user, then E
-    stage: np.ndarray  # `[E]` int8 `TRAIN`, `VALID` or `TEST`, never decreasing within a user
+    stage: np.ndarray  # `[E]` int8 as in a `Split`, never decreasing within a user
     n_items: int  # items in the catalogue, without padding
 
     def __post_init__(self): _check_store(self.items, self.offsets, self.stage, self.n_items)

@@ -1,4 +1,4 @@
-"""Items without a single training event: which systems find them, at what cost to the others, and how one is added without training.
+"""Items without a single training event: which systems find them, at what cost to the others, what the first events are worth, and how an item is added without training.
 
 Docs: https://mmseqrec.github.io/mmseqrec/experiments.cold_start.html.md"""
 

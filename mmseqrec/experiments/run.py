@@ -514,17 +514,17 @@ def load_result(
 # %% ../../nbs/60_experiments.run.ipynb #run-system
 _COMMON = ("lr", "metric", "patience", "device", "precision")  # of pre-training and fine-tuning
 
-def _train(name, seed, data, config, checkpoint, progress):
+def _train(name, seed, data, config, checkpoint, progress, source, stays):
     "Return the trained model, and the history of fine-tuning and of pre-training (or `None`)."
     system, catalogue, pretraining = SYSTEMS[name], data.catalogue_of(name), None
     common = dict(seed=seed, progress=progress, **{key: getattr(config, key) for key in _COMMON})
-    if system.pretrain is not None:
+    if source is None and system.pretrain is not None:
         source = system.pretrain(catalogue, config).set_catalogue(catalogue)
         pretraining = fit(source, system.pretrain_store(data.store), "pretrain", **common,
                           epochs=config.pretrain_epochs, batch_size=config.pretrain_batch_size,
                           checkpoint=checkpoint("pretrain"), title=f"{system.title}, pre-training")
     model = system.build(catalogue, config).set_catalogue(catalogue)
-    if system.pretrain is not None: transfer_weights(source, model, system.stays)
+    if source is not None: transfer_weights(source, model, (*system.stays, *stays))
     history = fit(model, data.store, epochs=config.epochs, batch_size=config.batch_size, **common,
                   checkpoint=checkpoint("finetune"), title=system.title)
     return model, history, pretraining
@@ -537,16 +537,18 @@ def run_system(
     config: RunConfig,
     folder: str | Path,  # of the run; this result goes to `folder/models/<name>-seed<seed>`
     progress: bool = True,  # show progress bars
+    source: Recommender | None = None,  # pre-trained elsewhere; hands its weights on
+    stays: Sequence[str] = (),  # weights whose names begin so are not handed on either
 ) -> Result:
     "Train and evaluate one system with one seed, or read the stored result."
     folder = Path(folder) / "models" / f"{name}-seed{seed}"
-    mark = result_fingerprint(name, seed, data, config)
+    mark = result_fingerprint(name, seed, data, config, source, stays)
     if (result := from_main(lambda: load_result(folder, mark))) is not None: return result
     checkpoint = lambda phase: folder.with_name(f"{folder.name}-{phase}.{mark}.safetensors")
     set_seed(derive_seed(seed, "weights"))
     seconds = {}
     with _timed(seconds, "training"):
-        model, *histories = _train(name, seed, data, config, checkpoint, progress)
+        model, *histories = _train(name, seed, data, config, checkpoint, progress, source, stays)
     seconds["training"] = (sum(epoch["seconds"] for h in histories if h for epoch in h.epochs)
                            or seconds["training"])  # without epochs: of counting
     rank = partial(evaluate, model, data.store, exclude_seen=config.exclude_seen, shared=True)
@@ -571,16 +573,19 @@ def result_fingerprint(
     seed: int,
     data: RunData,
     config: RunConfig,
+    source: Recommender | None = None,  # as in `run_system`, like the next
+    stays: Sequence[str] = (),
 ) -> str:  # 16 hexadecimal digits
     "Digest what a result depends on: events, features, settings, and the version of the numbers."
     system, catalogue, store = SYSTEMS[name], data.catalogue_of(name), data.store
     settings = _MATTER + _MATTER_BEFORE if system.pretrain else _MATTER
     tables = [catalogue.text_emb, catalogue.image_emb]
     if system.drops_words: tables.append(catalogue.dropped_text_emb)
-    return fingerprint(
+    if source is not None: tables += source.state_dict().values()
+    return fingerprint(*stays, 
         system.result_version, name, seed, [getattr(config, key) for key in settings],
         store.items, store.offsets, store.stage, list(catalogue.item_tokens),
-        *(None if x is None else x.float().numpy() for x in tables),
+        *(None if x is None else x.float().cpu().numpy() for x in tables),
         catalogue.text_pad_mask.numpy(), catalogue.image_pad_mask.numpy())
 
 # %% ../../nbs/60_experiments.run.ipynb #ceiling-rows
