@@ -573,8 +573,8 @@ def result_fingerprint(
     seed: int,
     data: RunData,
     config: RunConfig,
-    source: Recommender | None = None,  # as in `run_system`, like the next
-    stays: Sequence[str] = (),
+    source: Recommender | None = None,  # as in `run_system`
+    stays: Sequence[str] = (),  # as in `run_system`
 ) -> str:  # 16 hexadecimal digits
     "Digest what a result depends on: events, features, settings, and the version of the numbers."
     system, catalogue, store = SYSTEMS[name], data.catalogue_of(name), data.store
@@ -582,8 +582,8 @@ def result_fingerprint(
     tables = [catalogue.text_emb, catalogue.image_emb]
     if system.drops_words: tables.append(catalogue.dropped_text_emb)
     if source is not None: tables += source.state_dict().values()
-    return fingerprint(*stays, 
-        system.result_version, name, seed, [getattr(config, key) for key in settings],
+    return fingerprint(
+        *stays, system.result_version, name, seed, [getattr(config, key) for key in settings],
         store.items, store.offsets, store.stage, list(catalogue.item_tokens),
         *(None if x is None else x.float().cpu().numpy() for x in tables),
         catalogue.text_pad_mask.numpy(), catalogue.image_pad_mask.numpy())
