@@ -378,7 +378,7 @@ def _class_named(name, cls):
     "Find a recommender by its name: `cls`, any that is defined, or one of mmseqrec."
     def family(kind): return [kind, *(x for child in kind.__subclasses__() for x in family(child))]
     known = {kind.__name__: kind for kind in [*family(Recommender), cls]}
-    kind = known.get(name) or getattr(import_module("mmseqrec"), name, None)
+    kind = known.get(name) or name.isidentifier() and getattr(import_module("mmseqrec"), name, 0)
     if isinstance(kind, type) and issubclass(kind, Recommender): return kind
     raise ValueError(f"config.json names the recommender {name!r}: import the module that defines "
                      "it, or save the model again")

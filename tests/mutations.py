@@ -299,7 +299,8 @@ MISSING_KEY = object()
 def typed(cells):
     "Cells as a Parquet file holds them: of one type, and text otherwise."
     cells = [None if cell is MISSING_KEY else cell for cell in cells]
-    if len({type(cell) for cell in cells if cell is not None}) <= 1: return cells
+    is_large = any(isinstance(cell, int) and abs(cell) >= 2**63 for cell in cells)
+    if len({type(cell) for cell in cells if cell is not None}) <= 1 and not is_large: return cells
     return [None if cell is None else str(cell) for cell in cells]
 
 
@@ -1487,7 +1488,7 @@ GROUPS["models"] = Group(make_model, read_model, expect_model)
 
 def a_file(case, *ends):
     path = case.draw.choice([path for path in sorted(listing(case.path)) if path.name.endswith(ends or ("",))])
-    case.named = (path.name,)
+    case.named = (path.name, *["catalogue"] * (path.parent.name == "catalogue"))
     return path
 
 def edit_json(case, path, change):

@@ -517,7 +517,7 @@ def _find_member(path, names):
                 raise ValueError(f"{path.name}: {info.filename} would unpack to "
                                  f"{info.file_size:,} bytes; not read")
     except _ZIP_ERRORS as error:
-        what = re.sub(r"<ZipInfo filename='(.*?)'.*>", r"\1", str(error))
+        what = re.sub(r"<ZipInfo filename='(.*?)'.*>|\[Errno \d+\] ", r"\1", str(error))
         raise ValueError(f"{path.name}: not a whole zip archive: {what}; fetch it again") from None
 
 # %% ../../nbs/13_data.sources.ipynb #find-file
