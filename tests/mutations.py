@@ -414,7 +414,7 @@ def items_meaning(head, rows, place):
         return Refusal((place(twice[0]), place(tokens.index(tokens[twice[0]]))))
     columns = [head.index(name) for name in ("title", "description") if name in head]
     texts = [[" ".join(re.sub("[\0\ufeff]", "", str(row[column])).split()) for column in columns if not missing(row[column])] for row in rows]
-    return {"tokens": tokens, "texts": [list(dict.fromkeys(filter(None, some))) for some in texts]}
+    return {"tokens": tokens, "texts": [list(dict.fromkeys(text for text in some if re.search(r"\w", text))) for some in texts]}
 
 
 MEANINGS = {"interactions": events_meaning, "items": items_meaning}
@@ -457,7 +457,8 @@ def meanings_of_bytes(case, data):
         else:
             whole = rows and set(needed[:-1] if sheet.group == "items" else needed) <= set(head) and len(set(head)) == len(head)
             found.append(meaning(head, rows, lambda row: f"line {lines[row]}") if whole else Refusal())
-    return found
+    if '"' not in text: return found
+    return [Refusal() if isinstance(each, Refusal) else each for each in found]  # which line a stray quote spoils, nobody can say
 
 
 def delimited_rows(sep, quoting, text):
