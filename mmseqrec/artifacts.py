@@ -90,9 +90,15 @@ def read_json(
     path: str | Path,  # file to read
 ):  # what `write_json` was given
     "Read a JSON file; a `ValueError` names the file and the line where it is damaged."
-    try: return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); "
+    def once(pairs):
+        names = [name for name, _ in pairs]
+        if len(set(names)) == len(names): return dict(pairs)
+        twice = max(names, key=names.count)
+        raise ValueError(f"{path}: {twice!r} stands twice in one object; remove one of them")
+    try: return json.loads(read_text(path), object_pairs_hook=once)
+    except (json.JSONDecodeError, RecursionError) as error:
+        line, problem = getattr(error, "lineno", 1), getattr(error, "msg", "nested too deeply")
+        raise ValueError(f"{path}, line {line}: not valid JSON ({problem}); "
                          "delete the file or restore it from a copy") from None
 
 # %% ../nbs/01_artifacts.ipynb #fingerprint

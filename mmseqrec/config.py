@@ -254,6 +254,12 @@ def _checked(setting, value):
     kinds = (int, float) if kind is float else kind
     if not isinstance(value, kinds) or isinstance(value, bool) > (kind is bool):
         raise ValueError(f"{name} must be {_KINDS[kind]}, got {value!r}")
+    low = setting.metadata.get("low", 0 if kind is float else float("-inf"))
+    if kind in (int, float) and not low <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number of at least {low:g}, got {value!r}")
+    inner = int if name == "seeds" else str
+    if kind is tuple and not all(type(each) is inner for each in value):
+        raise ValueError(f"{name} must be a list, each {_KINDS[inner]}, got {list(value)!r}")
     if value in (choices := setting.metadata.get("choices", [value])): return value
     raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
 

@@ -12,6 +12,7 @@ __all__ = ['FOLLOWING_SIZES', 'Items', 'Recommender', 'asked_rows', 'follow_cata
 # %% ../nbs/40_recommender.ipynb #imports
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -21,10 +22,12 @@ import huggingface_hub
 import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .artifacts import artifact_path, atomic_folder, atomic_path, read_json, write_json
+from .artifacts import (artifact_path, atomic_folder, atomic_path, fingerprint, read_json,
+                                write_json)
 from .blocks.losses import (dot_score, draw_candidates,
                                     full_softmax_cross_entropy)
 from .blocks.towers import IDEmbedding
@@ -152,7 +155,7 @@ class Recommender(nn.Module, PyTorchModelHubMixin):
         return _save(self, folder, with_catalogue)
 
     @classmethod
-    def _from_pretrained(cls, **options): return _load(cls, **options)
+    def from_pretrained(cls, folder, **words) -> "Recommender": return _load(cls, folder, **words)
 
 # %% ../nbs/40_recommender.ipynb #asked-rows
 def _device_of(model):
@@ -364,7 +367,8 @@ def _save(
     with atomic_folder(folder) as temporary:
         write_json(temporary / "config.json", _current_config(model))
         weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        mark = fingerprint(read_json(temporary / "config.json"))
+        save_file(weights, temporary / "model.safetensors", {"config": mark})  # one, or any order
         if with_catalogue and model.catalogue is not None:
             model.catalogue.save(temporary / "catalogue")
     return Path(folder)
@@ -374,9 +378,10 @@ def _class_named(name, cls):
     "Find a recommender by its name: `cls`, any that is defined, or one of mmseqrec."
     def family(kind): return [kind, *(x for child in kind.__subclasses__() for x in family(child))]
     known = {kind.__name__: kind for kind in [*family(Recommender), cls]}
-    kind = known.get(name) or getattr(import_module("mmseqrec"), name, None)
+    kind = known.get(name) or name.isidentifier() and getattr(import_module("mmseqrec"), name, 0)
     if isinstance(kind, type) and issubclass(kind, Recommender): return kind
-    raise ValueError(f"config names the recommender {name!r}: import the module that defines it")
+    raise ValueError(f"config.json names the recommender {name!r}: import the module that defines "
+                     "it, or save the model again")
 
 def _with_new_names(kind, config, weights):
     "Translate arguments and weights of a model that an earlier version saved."
@@ -390,25 +395,68 @@ def _with_new_names(kind, config, weights):
             weights[new + name.removeprefix(old)] = weights.pop(name)
     return config, weights
 
+# %% ../nbs/40_recommender.ipynb #read-weights
+def _read_weights(folder, config, device):
+    "Read the weights; raise a `ValueError` if they are damaged or were saved with another config."
+    path, mark = folder / "model.safetensors", None
+    if not path.is_file(): raise FileNotFoundError(f"{path}: not there; save the model again")
+    try:
+        with safe_open(path, "pt", device) as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+            mark = (file.metadata() or {}).get("config")
+    except SafetensorError: raise ValueError(f"{path}: damaged; save the model again") from None
+    if mark in (None, fingerprint(config)): return weights
+    raise ValueError(f"{folder / 'config.json'}: not the arguments that model.safetensors was "
+                     "saved with; restore the file, or save the model again")
+
+@contextmanager
+def _naming(path):
+    "Turn whatever is raised in the `with` block into a `ValueError` that names a file."
+    try: yield
+    except Exception as error: raise ValueError(
+        f"{path}: no such model can be built ({error}); save the model again") from None
+
+# %% ../nbs/40_recommender.ipynb #take-weights
+def _take_weights(model, weights, folder):
+    "Load weights; raise a `ValueError` that names one that does not fit or is not finite."
+    path = folder / "model.safetensors"
+    try: model.load_state_dict(weights)
+    except RuntimeError:
+        have, need = ({name: list(x.shape) for name, x in some.items()}
+                      for some in (weights, model.state_dict()))
+        name = min(name for name in have | need if have.get(name) != need.get(name))
+        raise ValueError(f"{path}: the weight {name} has the shape {have.get(name)}, this model "
+                         f"needs {need.get(name)}; save the model again") from None
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if x.isfinite().all(): continue
+        place = path if name in weights else folder / "catalogue"
+        raise ValueError(f"{place}: {name} holds a number that is not finite; save it again")
+
+# %% ../nbs/40_recommender.ipynb #load-model
 def _load(
     cls: type[Recommender],  # a class of the same name comes before others
     model_id: str,  # a folder, or a repository of the Hugging Face hub
     map_location: str = "cpu",  # device of the weights
     **options,  # those of `snapshot_download`, and arguments of the constructor to overrule
 ) -> Recommender:  # in evaluation mode, with its catalogue if one was saved
-    "Build what `save_pretrained` wrote. Raises `ValueError` for a class that is not known."
+    "Build what `save_pretrained` wrote. Raises `FileNotFoundError` or `ValueError` with the file."
     folder = Path(model_id)
     if not folder.is_dir():
         given = {key: options[key] for key in _HUB_OPTIONS if key in options}
         given["allow_patterns"] = ["*.safetensors", "*.json"]
         folder = Path(huggingface_hub.snapshot_download(model_id, **given))
     config = read_json(folder / "config.json")
-    kind = config.pop("recommender", cls.__name__)
-    weights = load_file(folder / "model.safetensors", device=str(map_location))
-    config, weights = _with_new_names(kind, config, weights)
-    model = _class_named(kind, cls)(**{name: options.get(name, x) for name, x in config.items()})
-    if (folder / "catalogue").is_dir(): model.set_catalogue(Catalogue.load(folder / "catalogue"))
-    model.load_state_dict(weights)
+    if not isinstance(config, dict): config = {"recommender": None}
+    name = str(config.get("recommender", cls.__name__))
+    kind, weights = _class_named(name, cls), _read_weights(folder, config, str(map_location))
+    config.pop("recommender", None)
+    with _naming(folder / "config.json"):
+        config, weights = _with_new_names(name, config, weights)
+        model = kind(**{name: options.get(name, x) for name, x in config.items()})
+    if (folder / "catalogue").is_dir():
+        catalogue = Catalogue.load(folder / "catalogue")
+        with _naming(folder / "catalogue"): model.set_catalogue(catalogue)
+    _take_weights(model, weights, folder)
     return model.eval()
 
 # %% ../nbs/40_recommender.ipynb #export-vectors

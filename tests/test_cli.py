@@ -338,7 +338,7 @@ def test_folders_that_cannot_be_loaded(done, model, tmp_path, capsys):
     assert code == 2 and "perhaps you mean" in err and "sasrec-seed0" in err
     for name, content, says in (("config.json", '{"recommender": "Oracle"}', "Oracle"),
                                 ("config.json", "{", "not valid JSON"),
-                                ("model.safetensors", "garbage", "cannot be loaded")):
+                                ("model.safetensors", "garbage", "damaged")):
         broken = tmp_path / name / says.replace(" ", "")
         broken.mkdir(parents=True)
         for path in model.glob("*.*"): (broken / path.name).write_bytes(path.read_bytes())

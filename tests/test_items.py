@@ -110,7 +110,7 @@ def test_id_types():
 @pytest.mark.parametrize("text, options, message", [
     ("item_id,title\n1,a\n\n2,b\n1,c\n", {}, "x.csv, line 2 and x.csv, line 5 both describe item '1'"),
     ("item_id,title\n1,a\n,b\n", {}, "line 3: the id in column 'item_id' is empty"),
-    ("item_id,title\n[PAD],a\n", {}, "line 2: an item may not be called"),
+    ("item_id,title\n[PAD],a\n", {}, "line 2: .*which stands for padding"),
     ("id,title\n1,a\n", {}, "no column 'item_id'; there are 'id', 'title'.*id_column="),
     ("item_id,title\n1,a\n", {"text_columns": ["title", "words"]}, "no column 'words'.*text_columns="),
     ("item_id,title\n1,a\n", {"image_column": "image"}, "no column 'image'.*image_column="),

@@ -105,10 +105,17 @@ def resolve_config(
 ) -> RunConfig:
     "Combine defaults, file and options; raises `ValueError` or `FileNotFoundError`."
     values = {} if args.config is None else read_settings(args.config)
+    try: values = _make_config(values).to_dict() if values else {}
+    except ValueError as error: raise ValueError(f"{args.config}: {error}") from None
     typed = {setting.name: getattr(args, setting.name) for setting in fields(RunConfig)}
-    values |= {name: value for name, value in typed.items() if value is not None}
-    if values.get("systems") is not None: values["systems"] = choose_systems(values["systems"])
-    check_device(values.get("device"))
+    config = _make_config(values | {name: x for name, x in typed.items() if x is not None})
+    check_device(config.device)
+    return config
+
+def _make_config(values):
+    "Build a configuration of settings in which systems may be `all`, or have commas between them."
+    if isinstance(values.get("systems"), Sequence):
+        values = values | {"systems": choose_systems(values["systems"])}
     return RunConfig.from_dict(values)
 
 # %% ../../nbs/81_app.cli.ipynb #check-device
@@ -311,10 +318,7 @@ def load_recommender(
         inside = sorted(str(path.parent) for path in folder.glob("**/model.safetensors"))
         hint = f"; perhaps you mean {', '.join(inside[:4])}" if inside else ""
         raise FileNotFoundError(f"{folder} holds no saved recommender (no config.json){hint}")
-    mm.artifacts.read_json(folder / "config.json")  # a sentence if it is no JSON
-    try: model = mm.Recommender.from_pretrained(str(folder)).to(device)
-    except Exception as error:
-        raise ValueError(f"{folder} cannot be loaded ({error}); save it again") from None
+    model = mm.Recommender.from_pretrained(folder).to(device)
     if model.catalogue is None:
         raise ValueError(f"{folder} was saved without its items; save it with_catalogue=True")
     return model

@@ -518,9 +518,9 @@ def _binary(content):
     "Open bytes or a path for reading bytes."
     return io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")
 
-def _text_lines(content):
+def _text_lines(content, errors="replace"):
     "Open bytes or a path as lines of text."
-    return io.TextIOWrapper(_binary(content), encoding="utf-8-sig", errors="replace", newline="")
+    return io.TextIOWrapper(_binary(content), encoding="utf-8-sig", errors=errors, newline="")
 
 def _unpack(path):
     "Decompress a file into memory; raise a `ValueError` if it is not compressed, or damaged."
@@ -632,10 +632,11 @@ def _read_delimited(content, separator, wanted, name):
 # %% ../../nbs/11_data.interactions.ipynb #json-lines
 def _json_rows(content, name):
     "Yield `(line, dictionary)` for each line that is not blank."
-    with _text_lines(content) as lines:
+    with _text_lines(content, errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip(): continue
             where = f"{name}, line {number}"
+            if _HALF.search(line): raise ValueError(f"{where}: not UTF-8; save it again as UTF-8")
             try: row = json.loads(line, parse_constant=lambda name: None)  # NaN is missing
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not valid JSON ({getattr(error, 'msg', error)}); "
@@ -644,11 +645,13 @@ def _json_rows(content, name):
             yield number, row
 
 # %% ../../nbs/11_data.interactions.ipynb #read-json
-_KINDS_OF_ID = (rb'"', rb"-?\d", rb"-?\d+[.eE]", rb"[\[{]")  # text, number, decimal number, nested
+_KINDS_OF_ID = (rb'"', rb"-?\d", rb"-?\d+[.eE]", rb"[\[{tf]")  # text, number, decimal, no id
+_LONE = re.compile(rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]")
 
 def _read_flat_json(content, wanted, name):
     "Read some fields with polars; return `None` where that could lose something."
     with _binary(content) as file: data = file.read()
+    if _LONE.search(data): return None
     for column in (column for key, column in wanted.items() if key != "time_column"):
         field = re.escape(json.dumps(column).encode()) + rb"\s*:\s*"
         text, number, *other = (re.search(field + kind, data) for kind in _KINDS_OF_ID)
@@ -723,11 +726,12 @@ def _mixed_ids(table, column):
     first, ids = {}, []
     for row, cell in enumerate(table.cells[column]):
         place = table.locate
-        if isinstance(cell, float):
-            problem = f"holds {cell}, but {_NEEDED}" if cell % 1 else _ROUNDED.format(53)
-            if cell % 1 or abs(cell) >= 2**53:
-                raise ValueError(f"{place(row)}: column {column!r} {problem}")
-            cell = int(cell)
+        is_number, problem = isinstance(cell, float), f"holds {cell}, but {_NEEDED}"
+        is_odd = isinstance(cell, (list, dict, bool)) or is_number and cell % 1
+        is_large = is_number and not is_odd and abs(cell) >= 2**53
+        if is_large: problem = _ROUNDED.format(53)
+        if is_odd or is_large: raise ValueError(f"{place(row)}: column {column!r} {problem}")
+        if is_number: cell = int(cell)
         ids.append(text := _as_text(cell))
         bare = text and bare_id(text)
         if isinstance(cell, str) and _HALF.search(cell): raise ValueError(
@@ -745,9 +749,9 @@ _SHORTENED = r"^-?\d(\.\d+[eE]\+?|[eE]\+)\d+$|^-?\d{16,}\.0*$"  # by a spreadshe
 def _clean_ids(table, column):
     "Return ids as text or whole numbers; raise a `ValueError` where one is missing or neither."
     values, refuse = table.frame[column], partial(_refuse_rows, table, column, kind="id")
-    if values.dtype.is_nested():
-        raise ValueError(f"{table.name}: {column!r} holds lists; {_NEEDED}")
     if column in table.cells: values = _mixed_ids(table, column)
+    if values.dtype.is_nested():
+        raise ValueError(f"{table.locate(0)}: column {column!r} holds lists, but {_NEEDED}")
     if values.dtype.is_float():
         bits = 24 if values.dtype == pl.Float32 else 53
         large = ((values.abs() >= 2.**bits) & values.is_finite()).fill_null(False)
@@ -761,6 +765,7 @@ def _clean_ids(table, column):
         values = values.cast(pl.String).str.strip_chars().replace(["", str(_NAT)], None)
         refuse(values.str.contains(_SHORTENED).fill_null(False),
                problem="{}, a number that has lost digits: " + _AS_TEXT)
+        refuse((values == "[PAD]").fill_null(False), problem="{}, which stands for padding")
     elif values.dtype == pl.Int64: values = values.replace(_NAT, None)
     refuse(values.is_null(), problem="empty")
     return values

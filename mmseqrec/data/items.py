@@ -221,7 +221,6 @@ def _item_ids(table, id_column):
     tokens, first = _clean_ids(table, id_column).cast(pl.String).to_list(), {}
     for row, token in enumerate(tokens):
         place, before = table.locate, first.setdefault(token, row)
-        if token == "[PAD]": raise ValueError(f"{place(row)}: an item may not be called [PAD]")
         if before == row: continue
         raise ValueError(f"{place(before)} and {place(row)} both describe item {token!r}; keep one")
     return tokens

@@ -331,7 +331,8 @@ def _parse_record(line, release, place):
         else: record = ast.literal_eval(_RELATED.sub(b"", line).decode().strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         kind = "a Python literal" if release == "2014" else "valid JSON"
-        problem = f"not {kind} ({getattr(error, 'msg', None) or error})"
+        what = getattr(error, "msg", None) or getattr(error, "reason", error)
+        problem = f"not {kind} ({what})"
         raise ValueError(f"{place}: {problem}; fetch the file again") from None
     if isinstance(record, dict): return record
     raise ValueError(f"{place}: not a record {{...}}; fetch the file again")
@@ -516,7 +517,8 @@ def _find_member(path, names):
                 raise ValueError(f"{path.name}: {info.filename} would unpack to "
                                  f"{info.file_size:,} bytes; not read")
     except _ZIP_ERRORS as error:
-        raise ValueError(f"{path.name}: not a whole zip archive: {error}; fetch it again") from None
+        what = re.sub(r"<ZipInfo filename='(.*?)'.*>|\[Errno \d+\] ", r"\1", str(error))
+        raise ValueError(f"{path.name}: not a whole zip archive: {what}; fetch it again") from None
 
 # %% ../../nbs/13_data.sources.ipynb #find-file
 def _find_in_folder(path, names):
@@ -615,7 +617,7 @@ def read_movielens(
     frame, notes = _event_table(table)
     items = _read_movies(path)
     rated, files = set(frame["item_id"].unique()), (table.name, "the list of films")
-    _check_described(items, items["item_id"][0], rated, title, files)
+    notes += _check_described(items, items["item_id"][0], rated, title, files)
     return RawTables(title, frame, items, (*notes, _NO_IMAGES), _MOVIELENS_TERMS)
 
 # %% ../../nbs/13_data.sources.ipynb #typed-table

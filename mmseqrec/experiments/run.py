@@ -313,7 +313,7 @@ def _load_array(path):
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(rows, np.ndarray):
             with rows as archive: rows = [archive[name] for name in archive.files]
-            if len(rows) == 1: rows = rows[0]
+            if len(rows) == 1: rows = np.asarray(rows[0])
     except Exception: raise ValueError(_NO_ARRAY.format(path, _NOT_WHOLE)) from None
     if isinstance(rows, list): raise ValueError(_NO_ARRAY.format(path, f"{len(rows)} arrays"))
     if rows.dtype.kind in "fiub": return rows
@@ -324,14 +324,20 @@ def _given_features(config, table, items_path):
     "Read features from files; raise `ValueError` if they are not of this table of items."
     listed = read_items(items_path, None, config.item_column, []).item_tokens
     arrays, of_line = {}, {token: line for line, token in enumerate(listed)}
-    lines = np.array([of_line.get(token, -1) for token in table.item_tokens[1:]])
+    tokens = table.item_tokens[1:]
+    lines = np.array([of_line.get(token, -1) for token in tokens])
     for name in ("text", "image"):
         if (path := getattr(config, f"{name}_features")) is None: continue
         rows = _load_array(path)
-        if rows.ndim != 2 or len(rows) != len(of_line):
+        if rows.ndim != 2 or len(rows) != len(of_line) or not rows.size:
             raise ValueError(_WRONG_ROWS.format(path, list(rows.shape), len(of_line), items_path))
-        arrays[f"{name}_emb"] = np.where(lines[:, None] < 0, 0, rows[lines].astype(np.float32))
-    return catalogue_from_arrays(table.item_tokens[1:], **arrays)
+        with np.errstate(over="ignore"): rows = rows[lines].astype(np.float32)
+        rows[lines < 0] = 0
+        if len(bad := np.flatnonzero(~np.isfinite(rows).all(1))): raise ValueError(
+            f"{path}, row {lines[bad[0]]} (counted from 0), of item {tokens[bad[0]]}: a number is "
+            "not finite or too large for 32 bits; correct it, or set the row to zero (missing)")
+        arrays[f"{name}_emb"] = rows
+    return catalogue_from_arrays(tokens, **arrays)
 
 # %% ../../nbs/60_experiments.run.ipynb #benchmark
 def _read_benchmark(config, folder, seconds, progress, split):

@@ -149,9 +149,26 @@ def save_catalogue(
     sums = [float(tensor.double().sum()) for tensor in tensors.values()]
     mark = {"fingerprint": fingerprint(catalogue.item_tokens, catalogue.encoders, sums)}
     about = {name: getattr(catalogue, name) for name in ("item_tokens", "report", "encoders")}
+    about["shapes"] = _shapes(tensors)
     with atomic_path(Path(folder) / "catalogue.safetensors") as path:
         save_file(tensors, path, mark)
     return write_json(Path(folder) / "catalogue.json", mark | about).parent
+
+# %% ../../nbs/21_features.encoders.ipynb #check-saved
+def _shapes(tensors):
+    "List number format and shape of each table."
+    return {name: [str(table.dtype), *table.shape] for name, table in tensors.items()}
+
+def _check_saved(about, tensors, folder):
+    "Raise a `ValueError` unless the list of items and the tables of a saved catalogue go together."
+    tokens, shapes = about.get("item_tokens"), _shapes(tensors)
+    is_same = about.pop("shapes", shapes) == shapes  # earlier versions did not write them
+    kinds = {name: type(value) for name, value in about.items()}
+    if is_same and kinds == {"item_tokens": list, "report": list, "encoders": dict}:
+        if all(isinstance(token, str) for token in tokens) and len(set(tokens)) == len(tokens):
+            if {len(tokens)} == {len(table) for table in tensors.values()}: return
+    raise ValueError(f"{folder}: the items of catalogue.json do not go with the tables of "
+                     "catalogue.safetensors; save the catalogue again")
 
 # %% ../../nbs/21_features.encoders.ipynb #load-catalogue
 def load_catalogue(
@@ -170,6 +187,7 @@ def load_catalogue(
         raise ValueError(f"{tables}: damaged; save the catalogue again") from None
     if not isinstance(about, dict) or mark != about.pop("fingerprint", mark and ""):
         raise ValueError(f"{folder}: the two files are of different catalogues; save it again")
+    _check_saved(about, tensors, folder)
     if not mmap: tensors = {name: table.clone() for name, table in tensors.items()}
     about["report"] = tuple(about["report"])
     return Catalogue(**dict.fromkeys(("text_emb", "image_emb")) | about | tensors)
