@@ -83,7 +83,7 @@ def get_device(
     raise ValueError(f"device {name!r}: PyTorch sees no GPU; use device='auto' or 'cpu'")
 
 # %% ../nbs/00_core.ipynb #memory
-_NO_MEMORY = re.compile("out of memory|not enough memory|can(?:'t|not) allocate memory|ALLOC_FAILED")
+_NO_MEMORY = re.compile("(out of|not enough|n't allocate|annot allocate) memory|ALLOC_FAILED")
 _SHORT = "memory ran out in {}; {}, or give the run more memory"
 
 @contextlib.contextmanager

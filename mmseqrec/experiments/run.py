@@ -522,10 +522,11 @@ def _train(name, seed, data, config, checkpoint, progress):
     common = dict(seed=seed, progress=progress, **{key: getattr(config, key) for key in _COMMON})
     if system.pretrain is not None:
         source = system.pretrain(catalogue, config).set_catalogue(catalogue)
-        how = dict(epochs=config.pretrain_epochs, batch_size=config.pretrain_batch_size,
-                   checkpoint=checkpoint("pretrain"), title=f"{system.title}, pre-training")
+        how = dict(phase="pretrain", epochs=config.pretrain_epochs,
+                   batch_size=config.pretrain_batch_size, checkpoint=checkpoint("pretrain"),
+                   title=f"{system.title}, pre-training")
         with told_if_short(f"the pre-training of {system.title}", _LOWER.format("pretrain_")):
-            pretraining = fit(source, system.pretrain_store(data.store), "pretrain", **common, **how)
+            pretraining = fit(source, system.pretrain_store(data.store), **common, **how)
     model = system.build(catalogue, config).set_catalogue(catalogue)
     if system.pretrain is not None: transfer_weights(source, model, system.stays)
     how = dict(epochs=config.epochs, batch_size=config.batch_size,
