@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .artifacts import (artifact_path, atomic_folder, atomic_path, fingerprint, read_json,
-                                write_json)
+from .artifacts import (artifact_path, atomic_folder, atomic_path, fingerprint,
+                                read_json, reserve, write_json)
 from .blocks.losses import (dot_score, draw_candidates,
                                     full_softmax_cross_entropy)
 from .blocks.towers import IDEmbedding
@@ -472,7 +472,9 @@ def _tables(path, piece, n_rows, metadata):
         header[name] = {"dtype": _KINDS[x.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        reserve(file, 8 + len(text) + end)
     def table(dtype, shape, data_offsets):
         return np.memmap(path, _NUMBERS[dtype], "r+", 8 + len(text) + data_offsets[0], tuple(shape))
     return {name: table(**header[name]) for name in piece}

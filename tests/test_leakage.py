@@ -6,22 +6,33 @@ import polars as pl
 import pytest
 import torch
 
-import mmseqrec.training as training
 from killed_runs import make_clip
-from mmseqrec.data.interactions import (TEST, TRAIN, VALID, global_time_split, hold_out_items, k_core, leave_one_out,
-                                        read_interactions)
+from mmseqrec import recommender, training
+from mmseqrec.blocks import interests
+from mmseqrec.blocks.augment import cloze
+from mmseqrec.data import interactions, sequences
+from mmseqrec.data.interactions import (TEST, TRAIN, VALID, Split, combine_domains, global_time_split,
+                                        hold_out_items, k_core, leave_one_out, read_interactions)
 from mmseqrec.data.sequences import SequenceStore, position_batches, prefix_batches
+from mmseqrec.data.sources import read_benchmark
 from mmseqrec.evaluation import evaluate
+from mmseqrec.experiments import cold_start
+from mmseqrec.experiments import run as experiments
+from mmseqrec.experiments.cold_start import quota_split
 from mmseqrec.experiments.run import prepare_data
+from mmseqrec.features import keywords
 from mmseqrec.features.encoders import catalogue_from_arrays
+from mmseqrec.models import baselines
 from mmseqrec.models.baselines import transition_counts
-from mmseqrec.training import fit
+from mmseqrec.training import fit, training_batches
 from small_shop import describe, quick_config, write_shop
 from small_world import (BY_CONTENT, COUNTING, IMAGE_SIZE, LEARNING, SYSTEMS, TEXT_SIZE, V, build, make_catalogue, make_store,
                          same, weights, without_seconds)
+from test_sources import write_benchmark
 
 QUICK = dict(epochs=3, batch_size=16, lr=.01, device="cpu", progress=False)
 PLANTED = V + 1  # an item that occurs in held-out events only
+PRETRAINED = ("content_unisrec", "content_mp4sr", "content_msm4sr", "content_mmsrec", "content_missrec")
 
 every = pytest.mark.parametrize("name", SYSTEMS)
 
@@ -250,3 +261,206 @@ def test_held_out_items_change_no_keyword_of_the_others(clip, tmp_path):
     assert torch.equal(plain.keywords.top[rows], other.keywords.top[rows])
     torch.testing.assert_close(plain.keyword_catalogue.image_emb[rows], other.keyword_catalogue.image_emb[rows])
     assert not torch.equal(plain.catalogue.image_emb, other.catalogue.image_emb)
+
+
+# The rules again, each also broken on purpose: a check that cannot fail guards nothing
+
+KEPT_BACK = 4  # users of `events_table` who have the planted item early, too: `hold_out_items` must take it away
+
+
+def check_split(kind, early=False):
+    "The planted item is in test rows only, for training batches and counts alike."
+    table = events_table()
+    if early:  # the item that these users took second
+        named = {f"u{user}" for user in range(5, 5 + KEPT_BACK)}
+        is_early = pl.col("user_id").is_in(sorted(named)) & (pl.col("timestamp") == 11)
+        table = table.with_columns(item_id=pl.when(is_early).then(pl.lit("PLANTED")).otherwise(pl.col("item_id")))
+    core = k_core(read_interactions(table), 5, 5)
+    split = SPLITS[kind](core)
+    store, code = SequenceStore.from_split(split), core.item_tokens.index("PLANTED")
+    assert code not in store.training_items and (store.items[store.stage == TEST] == code).any()
+    for batch in all_batches(store): assert not (batch.item_seq == code).any() and not (batch.pos_item == code).any()
+
+
+def check_published(folder):
+    "What stands in the files of validation and test rows is in no training batch."
+    histories = {str(user): [user % 5, (user + 2) % 5, (user + 3) % 5, 5, 5] for user in range(6)}
+    write_benchmark(folder, histories)
+    split = read_benchmark(folder).split
+    store, code = SequenceStore.from_split(split), split.interactions.item_tokens.index("5")
+    assert (store.items == code).sum() == 12 and code not in store.training_items
+    for batch in all_batches(store): assert not (batch.item_seq == code).any() and not (batch.pos_item == code).any()
+
+
+def check_quota():
+    "An item with the quota 0 is in no training batch, and other items have as many training events as their quota says."
+    rng = np.random.default_rng(0)
+    rows = [(f"u{user}", f"i{item}", place) for user in range(60) for place, item in enumerate(rng.integers(0, 6, 8))]
+    events = read_interactions(pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row"))
+    quota = np.array([-1, 0, 3, -1, 0, 5, -1])
+    split = quota_split(events, quota)
+    store, limited = SequenceStore.from_split(split), quota >= 0
+    assert (split.item_counts(TRAIN)[limited] == quota[limited]).all() and split.item_counts(TEST)[1] > 0
+    for batch in all_batches(store): assert not np.isin(batch.item_seq, [1, 4]).any() and not np.isin(batch.pos_item, [1, 4]).any()
+
+
+def check_pretraining_sequences(name):
+    "No batch of pre-training holds the planted item."
+    model, store = build(name, make_catalogue(PLANTED)), planted_store([VALID, TEST])
+    for epoch in range(3):
+        for batch in training_batches(model, store, "pretrain", 16, 0, epoch):
+            assert not (batch.item_seq == PLANTED).any() and not (batch.pos_item == PLANTED).any()
+
+
+def check_pretraining_pairs():
+    "MMSRec pairs pictures and texts of training items only."
+    pairs = experiments.SYSTEMS["mmsrec"].pretrain_store(planted_store([VALID, TEST]))
+    assert PLANTED not in pairs.items and len(pairs.items)
+
+
+def check_pretraining_digits(name):
+    "Pre-training ends at the same digits, whatever the test events are."
+    store, found = make_store(40), []
+    for each in (store, swapped(store, [TEST])):
+        model = build(name)
+        found.append((without_seconds(fit(model, each, "pretrain", **QUICK | dict(epochs=1))), weights(model)))
+    assert found[0][0] == found[1][0] and same(found[0][1], found[1][1])
+
+
+def first_loss(name, catalogue, **options):
+    "Take the loss of a first step, and its gradients; return model and loss."
+    model, store = build(name, catalogue, **options).train(), planted_store([VALID, TEST])
+    model.start_epoch(store, 0)
+    loss = model(training_batches(model, store, "finetune", 64)[0], "finetune")["loss"]
+    loss.backward()
+    return model, loss.item()
+
+
+def wild_catalogue():
+    "The catalogue of V + 1 items, but the planted one looks otherwise."
+    plain = make_catalogue(PLANTED)
+    tables = {f"{kind}_emb": getattr(plain, f"{kind}_emb").clone() for kind in ("text", "image")}
+    for table in tables.values(): table[PLANTED] = 5 * table[PLANTED].flip(-1) + 1
+    return plain, replace(plain, **tables)
+
+
+def check_candidates(name, **options):
+    "The planted item is no candidate of a softmax: its looks move no loss, its embedding has no gradient and is zero."
+    found = [first_loss(name, catalogue, **options) for catalogue in wild_catalogue()]
+    assert found[0][1] == found[1][1]
+    table = getattr(found[0][0], "item_emb", None)
+    if table is not None: assert not table.weight.grad[PLANTED].any() and not table.weight[PLANTED].any()
+
+
+def check_gaps():
+    "An item that BERT4Rec shows in another's place is one of the training items."
+    model, _ = first_loss("bert4rec", make_catalogue(PLANTED))
+    batch = prefix_batches(planted_store([VALID, TEST]), TRAIN, 500, 10)[0]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert not (cloze(batch, PLANTED, 1., model.known_items).item_seq == PLANTED).any()
+
+
+def check_lsa(clip, folder):
+    "A word of held-out texts is no word of TF-IDF; the texts of training items keep their digits."
+    found = []
+    for place, say in (("a", describe), ("b", lambda row: f"A {WILD} chair of wool {row}.")):
+        files = write_shop(folder / place / "shop", HELD_OUT, lambda row: (say if row >= 30 else describe)(row))
+        found.append(prepare_data(quick_config(files, clip, text_encoder="lsa", systems=("popularity",)), folder / place / "run", False))
+        assert WILD not in (folder / place / "run/features/lsa/lsa.json").read_text()
+    rows = np.unique(found[0].store.items[found[0].store.stage == TRAIN])
+    assert len(rows) == 30 and torch.equal(*(data.catalogue.text_emb[rows] for data in found))
+
+
+def check_domains():
+    "Pre-training on other domains: an item of the target is refused among the sources, also after they were combined."
+    table = events_table()
+    source, target = (read_interactions(table.with_columns(item_id=pl.lit(name) + pl.col("item_id"))) for name in ("a-", "b-"))
+    both = combine_domains({"a": source, "b": target})
+    assert interactions.check_disjoint(source, target) is not None
+    try: interactions.check_disjoint(both, target)
+    except ValueError: return
+    raise AssertionError("the target is among the sources")
+
+
+# How each rule is broken
+
+def broken(owner, name, value): return lambda patch: patch.setattr(owner, name, value)
+
+
+def rows_of_all(store, stage): return np.flatnonzero(store.history_length(np.arange(len(store.items))) > 0)
+
+def all_items(store): return np.arange(1, store.n_items + 1)
+
+def count_all(self, store): self.item_counts.copy_(torch.from_numpy(np.bincount(store.items, minlength=store.n_items + 1)))
+
+def forgetful(split):
+    "Take a split whose first user has training events only."
+    events = split.interactions
+    return SequenceStore(events.item, events.offsets, np.where(events.user == 0, TRAIN, split.stage).astype(np.int8), events.n_items)
+
+def gather_later(items, starts, lengths, gather=sequences.pad_gather):
+    return gather(np.r_[items, items[-2:]], starts + 2, lengths)
+
+def seen_by_all(store, events):
+    users = store.user[events]
+    row, event = sequences.flat_ranges(store.offsets[users], np.diff(store.offsets)[users])
+    return row, store.items[event].astype(np.int64)
+
+def tell_nothing(model, store): model.known_items = None
+
+TRAINING_READS_ALL = broken(SequenceStore, "rows", rows_of_all)
+ALL_ITEMS_COUNT_AS_TRAINED = broken(SequenceStore, "training_items", property(all_items))
+A_TEST_ROW_IS_TRAINING = broken(SequenceStore, "from_split", forgetful)
+NOTHING_IS_TOLD = broken(recommender, "note_known_items", tell_nothing)
+ALL_TEXTS_COUNT = broken(keywords, "_training_rows", lambda items, n_rows: list(range(1, n_rows)))
+
+RULES = {  # what must hold -> (check of the folders `tmp` and `clip`, the rule broken)
+    **{f"split, {kind}": (lambda tmp, clip, kind=kind: check_split(kind), A_TEST_ROW_IS_TRAINING) for kind in SPLITS},
+    **{f"held out, {kind}": (lambda tmp, clip, kind=kind: check_split(kind, early=True), broken(
+        interactions, "_choose_cold", lambda *_: np.zeros(0, np.int64))) for kind in ("strictly cold", "strictly cold in time")},
+    "split, published": (lambda tmp, clip: check_published(tmp), A_TEST_ROW_IS_TRAINING),
+    "split, quota": (lambda tmp, clip: check_quota(), broken(cold_start, "VALID", -1)),
+    "training batches": (lambda tmp, clip: test_the_planted_item_is_in_no_training_batch(), TRAINING_READS_ALL),
+    "counts, popularity": (lambda tmp, clip: test_the_planted_item_is_not_counted("popularity"),
+                           broken(baselines.ItemCounts, "count", count_all)),
+    "counts, transitions": (lambda tmp, clip: test_the_planted_item_is_not_counted("markov"), TRAINING_READS_ALL),
+    **{f"test events, {name}": (lambda tmp, clip, name=name: test_other_test_events_change_no_digit(name), TRAINING_READS_ALL)
+       for name in ("sasrec", "bert4rec")},
+    **{f"validation events, {name}": (lambda tmp, clip, name=name: test_other_validation_events_change_nothing_but_the_choice(name),
+                                      TRAINING_READS_ALL) for name in ("sasrec", "bert4rec")},
+    "the chosen epoch": (lambda tmp, clip: test_other_test_events_change_no_digit("sasrec"), broken(training, "VALID", TEST)),
+    **{f"statistics, {name}": (lambda tmp, clip, name=name: test_features_of_items_outside_training_change_no_digit_of_the_batches(name),
+                               ALL_ITEMS_COUNT_AS_TRAINED) for name in BY_CONTENT},
+    "interests": (lambda tmp, clip: test_features_of_items_outside_training_change_no_digit_of_the_batches("content_missrec"),
+                  broken(interests, "_training_mask", lambda items, there: torch.ones_like(there))),
+    **{f"candidates, {name}": (lambda tmp, clip, name=name: check_candidates(name), NOTHING_IS_TOLD) for name in LEARNING},
+    **{f"sampled candidates, {name}": (lambda tmp, clip, name=name: check_candidates(name, n_candidates=3), NOTHING_IS_TOLD)
+       for name in ("sasrec", "content_unisrec", "content_mmsrec", "content_missrec")},
+    "gaps": (lambda tmp, clip: check_gaps(), NOTHING_IS_TOLD),
+    **{f"pre-training sequences, {name}": (lambda tmp, clip, name=name: check_pretraining_sequences(name), TRAINING_READS_ALL)
+       for name in PRETRAINED},
+    **{f"pre-training, {name}": (lambda tmp, clip, name=name: check_pretraining_digits(name), TRAINING_READS_ALL)
+       for name in PRETRAINED},
+    "pre-training pairs": (lambda tmp, clip: check_pretraining_pairs(), ALL_ITEMS_COUNT_AS_TRAINED),
+    "words": (lambda tmp, clip: test_a_word_of_held_out_items_is_no_keyword(clip, tmp), ALL_TEXTS_COUNT),
+    "words and levels": (lambda tmp, clip: test_held_out_items_change_no_keyword_of_the_others(clip, tmp), ALL_TEXTS_COUNT),
+    "words, training items": (lambda tmp, clip: test_a_word_of_held_out_items_is_no_keyword(clip, tmp), ALL_ITEMS_COUNT_AS_TRAINED),
+    "TF-IDF": (lambda tmp, clip: check_lsa(clip, tmp), broken(
+        Split, "unseen_item_mask", property(lambda split: np.zeros(split.interactions.n_items + 1, bool)))),
+    "history": (lambda tmp, clip: test_a_history_holds_no_later_event("sasrec"), broken(sequences, "pad_gather", gather_later)),
+    "seen items": (lambda tmp, clip: test_a_history_holds_no_later_event("popularity"), broken(SequenceStore, "seen_items", seen_by_all)),
+    "domains": (lambda tmp, clip: check_domains(), broken(interactions, "check_disjoint", lambda sources, target: 0)),
+}
+OTHERWISE = ("split,", "held out,", "pre-training", "candidates", "sampled", "gaps", "TF-IDF", "domains")  # not tested above
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name.startswith(OTHERWISE)])
+def test_the_rule_holds(name, tmp_path, clip): RULES[name][0](tmp_path, clip)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_rule_broken_on_purpose_is_found_out(name, tmp_path, clip, monkeypatch):
+    check, break_it = RULES[name]
+    break_it(monkeypatch)
+    with pytest.raises(AssertionError): check(tmp_path, clip)

@@ -275,7 +275,7 @@ def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
     import mmseqrec.recommender
     def full(*_, **__): raise OSError("no space left on device")
     monkeypatch.setattr(mmseqrec.recommender, "save_file", full)
-    with pytest.raises(OSError, match="no space"): model.save_pretrained(folder)
+    with pytest.raises(OSError, match="saved cannot be written: the disk is full"): model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 

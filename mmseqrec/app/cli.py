@@ -256,7 +256,8 @@ def changed_settings(
                      if name in old and old[name] != value)
 
 # %% ../../nbs/81_app.cli.ipynb #main
-INPUT_ERRORS = (ValueError, OSError, KeyError, FloatingPointError, NotImplementedError)
+INPUT_ERRORS = (ValueError, OSError, KeyError, FloatingPointError, NotImplementedError,
+                MemoryError)
 
 def error_sentence(
     error: BaseException,  # what was raised
@@ -291,17 +292,25 @@ def main(
     parser.print_help()
     return 0
 
+_OUTPUT = "standard output"
+_LOWER = "give it fewer events, items or histories, or --device cpu"
+
 def _call(args, typed):
     "Run the command that was asked for; return the exit code."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("MPLBACKEND", "agg")
-    try: COMMANDS[args.command](args, typed)
+    try:
+        short = mm.core.told_if_short(f"mmseqrec {args.command}", _LOWER)
+        with short, mm.artifacts.told_if_full(_OUTPUT):
+            COMMANDS[args.command](args, typed)
+            print(end="", flush=True)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues where it stopped.", file=sys.stderr)
         return 130
     except INPUT_ERRORS as error:
         if args.debug or " " not in (sentence := error_sentence(error)): raise
         if _is_first(): print(f"mmseqrec {args.command}: {sentence}", file=sys.stderr)
+        if sentence.startswith(_OUTPUT): sys.stdout = None  # what is left of it would fail again
         return 2
     return 0
 

@@ -225,6 +225,15 @@ def _item_ids(table, id_column):
         raise ValueError(f"{place(before)} and {place(row)} both describe item {token!r}; keep one")
     return tokens
 
+# %% ../../nbs/12_data.items.ipynb #image-links
+def _refuse_links(images, folder, locate):
+    "Raise a `ValueError` for an image that is a link to a file outside the folder."
+    inside = os.path.join(os.path.realpath(folder or ""), "")
+    for row, path in ((row, path) for row, files in enumerate(images) for path in files):
+        if os.path.realpath(path).startswith(inside): continue
+        raise ValueError(f"{locate(row)}: picture {path.name!r} is a link that leads out of "
+                         f"{folder}; put a copy of the file there")
+
 # %% ../../nbs/12_data.items.ipynb #item-images
 def _item_images(table, tokens, image_folder, image_column):
     "Find the image files of each item, by name or by item; raise if folder or files do not exist."
@@ -257,6 +266,7 @@ def read_items(
     tokens = _item_ids(table, id_column)
     cells = table.frame.select(columns).rows() or [()] * len(tokens)
     images = _item_images(table, tokens, image_folder, image_column)
+    _refuse_links(images, image_folder, table.locate)
     return ItemTable(tokens, list(map(_item_sentences, cells)), images, table.name)
 
 # %% ../../nbs/12_data.items.ipynb #image-problem

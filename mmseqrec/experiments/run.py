@@ -23,9 +23,10 @@ import polars as pl
 import torch
 from safetensors.numpy import load_file, save_file
 
-from ..artifacts import atomic_path, fingerprint, provenance, read_json, write_json
+from ..artifacts import (atomic_path, clear_leftovers, fingerprint, provenance, read_json,
+                                write_json)
 from ..config import ALL, STANDARD, SYSTEM_TITLES, RunConfig
-from ..core import derive_seed, from_main, join_processes, set_seed
+from ..core import derive_seed, from_main, join_processes, set_seed, told_if_short
 from ..data.interactions import (Interactions, Split, _pairs, global_time_split,
                                         hold_out_items, interaction_statistics, k_core,
                                         leave_one_out, read_interactions)
@@ -519,6 +520,7 @@ def load_result(
 
 # %% ../../nbs/60_experiments.run.ipynb #run-system
 _COMMON = ("lr", "metric", "patience", "device", "precision")  # of pre-training and fine-tuning
+_LOWER = "lower {}batch_size or max_len"
 
 def _train(name, seed, data, config, checkpoint, progress, source, stays):
     "Return the trained model, and the history of fine-tuning and of pre-training (or `None`)."
@@ -526,13 +528,17 @@ def _train(name, seed, data, config, checkpoint, progress, source, stays):
     common = dict(seed=seed, progress=progress, **{key: getattr(config, key) for key in _COMMON})
     if source is None and system.pretrain is not None:
         source = system.pretrain(catalogue, config).set_catalogue(catalogue)
-        pretraining = fit(source, system.pretrain_store(data.store), "pretrain", **common,
-                          epochs=config.pretrain_epochs, batch_size=config.pretrain_batch_size,
-                          checkpoint=checkpoint("pretrain"), title=f"{system.title}, pre-training")
+        how = dict(phase="pretrain", epochs=config.pretrain_epochs,
+                   batch_size=config.pretrain_batch_size, checkpoint=checkpoint("pretrain"),
+                   title=f"{system.title}, pre-training")
+        with told_if_short(f"the pre-training of {system.title}", _LOWER.format("pretrain_")):
+            pretraining = fit(source, system.pretrain_store(data.store), **common, **how)
     model = system.build(catalogue, config).set_catalogue(catalogue)
     if source is not None: transfer_weights(source, model, (*system.stays, *stays))
-    history = fit(model, data.store, epochs=config.epochs, batch_size=config.batch_size, **common,
-                  checkpoint=checkpoint("finetune"), title=system.title)
+    how = dict(epochs=config.epochs, batch_size=config.batch_size,
+               checkpoint=checkpoint("finetune"), title=system.title)
+    with told_if_short(f"the training of {system.title}", _LOWER.format("")):
+        history = fit(model, data.store, **common, **how)
     return model, history, pretraining
 
 # %% ../../nbs/60_experiments.run.ipynb #one-result
@@ -558,8 +564,9 @@ def run_system(
     seconds["training"] = (sum(epoch["seconds"] for h in histories if h for epoch in h.epochs)
                            or seconds["training"])  # without epochs: of counting
     rank = partial(evaluate, model, data.store, exclude_seen=config.exclude_seen, shared=True)
-    with _timed(seconds, "ranking"): evaluation = rank(progress=progress)
-    valid = rank(stage=VALID).metrics() if len(data.store.rows(VALID)) else {}
+    with told_if_short(f"the ranking by {SYSTEMS[name].title}", "lower max_len or hidden_size"):
+        with _timed(seconds, "ranking"): evaluation = rank(progress=progress)
+        valid = rank(stage=VALID).metrics() if len(data.store.rows(VALID)) else {}
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     def keep():
         model.save_pretrained(folder)
@@ -661,6 +668,7 @@ def run_all(
     "Prepare the data; train and evaluate every system with every seed, or read what is finished."
     folder = Path(folder)
     join_processes(config.device)
+    from_main(lambda: clear_leftovers(folder, ("data", "features", "models")))
     from_main(lambda: write_json(folder / "run.json", config.to_dict()))
     data = prepare_data(config, folder, progress)
     config = replace(config, systems=data.systems)

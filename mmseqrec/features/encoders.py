@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..artifacts import (artifact_path, atomic_path, file_sha256, fingerprint, read_json,
-                                write_json)
+                                reserve, told_if_full, write_json)
 from ..core import (derive_seed, each_for_itself, from_all, from_main, get_device,
                            is_main_process, n_processes, process_index)
 from ..figures import ImageError, open_image
@@ -647,7 +647,7 @@ def _map_new_table(path, shape, dtype):
         header += b" " * (-len(header) % 8)
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(8 + len(header) + size)
+            reserve(file, 8 + len(header) + size)
     return np.memmap(path, dtype, "r+", path.stat().st_size - size, shape)
 
 # %% ../../nbs/21_features.encoders.ipynb #read-table
@@ -816,7 +816,8 @@ def encode_table(
     plan = fingerprint([[keys[place] for place in chunk] for chunk in chunks])
     path = folder / f"{prefix}-{plan}-{dtype}.safetensors"
     is_shared = len(set(from_all(lambda: str(folder.resolve())))) == 1
-    with each_for_itself(not is_shared), _one_at_a_time(folder / f".{prefix}.lock"):
+    lock = _one_at_a_time(folder / f".{prefix}.lock")
+    with each_for_itself(not is_shared), lock, told_if_full(path):
         if not from_main(path.exists):
             _fill_table(path, prefix, encoder, contents, keys, labels, chunks, dtype, progress)
     return _open_table(path, keys, labels, chunks, report)
@@ -879,8 +880,8 @@ def build_catalogue(
     tokens, images = ["[PAD]", *items.item_tokens[skip:]], [[], *items.images[skip:]]
     texts = [[text for text in part if str(text).strip()] for part in [[], *items.texts[skip:]]]
     options = dict(dtype=dtype, chunk_size=chunk_size, progress=progress)
-    with TemporaryDirectory() as nowhere:
-        def encode(*some): return _encode_items(tokens, *some, cache_dir or nowhere, options)
+    with contextlib.nullcontext(cache_dir) if cache_dir else TemporaryDirectory() as folder:
+        def encode(*some): return _encode_items(tokens, *some, folder, options)
         text, text_pad, report = encode(texts, text_encoder, max_texts)
         if word_drop:
             shorter = [[drop_words(str(text), word_drop) for text in part] for part in texts]
