@@ -270,7 +270,7 @@ def _before_rows(jobs, laboratory):
             for system, seed, epochs in found]
 
 def compared(
-    jobs: Sequence[Transfer],
+    jobs: Sequence[Transfer],  # in any order
 ) -> dict[str, tuple[list[Transfer], list[Transfer]]]:  # question -> two sides, seed by seed
     "List what is compared: like trainings with pre-training and without."
     sides, found = {}, {}
