@@ -184,7 +184,8 @@ class _Training:
     "training and ranking"
     seeds: tuple[int, ...] = _setting(
         (0,), "train each system N times", type=_count, shown=1, metavar="N")
-    epochs: int = _setting(40, "epochs at most", low=1)
+    epochs: int = _setting(
+        40, "epochs at most; 0 ranks what pre-training left, without fine-tuning", low=0)
     batch_size: int = _setting(256, "targets in a step", low=1)
     lr: float = _setting(1e-3, "learning rate", low=1e-12)
     patience: int = _setting(4, "epochs without a better validation metric before stopping", low=0)
