@@ -111,7 +111,8 @@ def test_every_option_reads_its_setting(name):
     assert list(typed) == [name] and RunConfig(**typed) == RunConfig(**{name: value})
 
 @pytest.mark.parametrize("words, says", [
-    (["--epochs", 0], "at least 1"), (["--epochs", "many"], "whole number"), (["--lr", "nan"], "number"), (["--seeds", 0], "at least 1"),
+    (["--epochs", -1], "at least 0"), (["--n-layers", 0], "at least 1"), (["--epochs", "many"], "whole number"),
+    (["--lr", "nan"], "number"), (["--seeds", 0], "at least 1"),
     (["--dropout", -1], "at least 0"), (["--domain", "garden"], "garden"), (["--data-seed", "x"], "invalid int")])
 def test_wrong_values_are_refused_in_words(words, says):
     with pytest.raises(argparse.ArgumentError, match=says): parse(*words)
