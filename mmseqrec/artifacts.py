@@ -10,6 +10,7 @@ __all__ = ['told_if_full', 'atomic_path', 'atomic_folder', 'clear_leftovers', 'r
 
 # %% ../nbs/01_artifacts.ipynb #imports
 import contextlib
+import errno
 import hashlib
 import http.client
 import json
@@ -110,7 +111,10 @@ def reserve(
 ) -> None:
     "Give a file its size and, where the system can, its room; a full disk is an `OSError`."
     file.truncate(size)
-    if hasattr(os, "posix_fallocate"): os.posix_fallocate(file.fileno(), 0, size)
+    if not hasattr(os, "posix_fallocate"): return
+    try: os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP): raise  # no such call there
 
 # %% ../nbs/01_artifacts.ipynb #json-io
 def write_json(

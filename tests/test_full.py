@@ -125,6 +125,14 @@ def test_mapped_tables_ask_for_their_room_first(tmp_path):
             export_vectors(build("sasrec"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSPC])
+def test_a_file_system_that_reserves_nothing_is_written_to(number, tmp_path, monkeypatch):
+    def refuse(*_): raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    with open(tmp_path / "a", "wb") as file:
+        if number != errno.ENOSPC: return reserve(file, 2000)
+        with pytest.raises(OSError, match="No space"): reserve(file, 2000)
+
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
     OSError(errno.EFBIG, os.strerror(errno.EFBIG)), OSError(errno.ENOSPC, "There is not enough space on the disk"),
