@@ -140,7 +140,7 @@ def test_the_marketplace_holds_out_one_item_in_twenty_and_own_data_none(events):
     assert set(other) != set(split_events(events, SMALL).cold_items)
 
 
-@pytest.mark.parametrize("settings, said", [(dict(new_items=1.), "less than 1"), (dict(arrivals=-.1), "less than 1"),
+@pytest.mark.parametrize("settings, said", [(dict(new_items=1.), "less than 1"), (dict(arrivals=-.1), "at least 0"),
                                             (dict(new_items=.1, source="benchmark:x"), "leave new_items out")])
 def test_impossible_shares(settings, said):
     with pytest.raises(ValueError, match=said): RunConfig(**settings)

@@ -131,7 +131,7 @@ def test_every_setting_has_an_option_and_the_other_way_round():
     assert options - {"help", "config", "out", "quiet", "debug"} == set(RunConfig().to_dict())
 
 @pytest.mark.parametrize("line, says", [
-    ("run --epochs 0", "at least 1"), ("run --pretrain-epochs 0", "at least 1"), ("run --n-keywords 0", "at least 1"),
+    ("run --epochs -1", "at least 0"), ("run --hidden-size 0", "at least 1"), ("run --pretrain-epochs 0", "at least 1"), ("run --n-keywords 0", "at least 1"),
     ("run --pretrain-batch-size x", "whole number"), ("run --systems mp4sr_no_sense", "mp4sr_no_mixup"), ("run --epochs many", "whole number"), ("run --lr nan", "number"),
     ("run --systems oracle", "oracle"), ("run --device toaster", "toaster"), ("run --domain garden", "garden"),
     ("run --config nowhere.json", "nowhere.json"), ("run --metric fun", "fun"), ("run --unknown 3", "unknown"),
