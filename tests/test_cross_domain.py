@@ -14,7 +14,7 @@ from mmseqrec.experiments.compare import tiny_config
 from mmseqrec.experiments.cross_domain import (BASE, FAMILIES, GRIDS, OTHERS, TARGET, Laboratory, Transfer, compared,
                                                keep_users, rank_by_likeness, run_transfers_tiny, settings_of, statistics_of,
                                                store_transfers, take_shops, train_transfers)
-from mmseqrec.experiments.run import SYSTEMS, prepare_data, result_fingerprint, run_system
+from mmseqrec.experiments.run import SYSTEMS, prepare_data, result_fingerprint
 from mmseqrec.models.baselines import transition_counts
 from mmseqrec.recommender import Recommender
 from mmseqrec.training import fit
@@ -183,11 +183,10 @@ def test_pretraining_is_done_once(laboratory, monkeypatch):
 
 def test_what_a_result_depends_on(laboratory):
     given = laboratory.arguments(Transfer("unisrec", "others", .5))
-    marks = [result_fingerprint(**given), result_fingerprint(**given | dict(stays=())),
-             result_fingerprint(**{key: x for key, x in given.items() if key not in ("source", "stays")})]
+    def mark(**changes): return result_fingerprint("unisrec", 0, **given | changes)
     other, _ = laboratory.source_of("unisrec", 1)
-    marks.append(result_fingerprint(**given | dict(source=other)))
-    assert len(set(marks)) == 4 and marks[0] == result_fingerprint(**given)
+    marks = [mark(), mark(stays=()), mark(source=None, stays=()), mark(source=other)]
+    assert len(set(marks)) == 4 and marks[0] == mark()
 
 
 def test_own_is_pretrained_on_the_users_of_the_fine_tuning(laboratory, monkeypatch):

@@ -287,7 +287,7 @@ def store_comparison(
     return stored_grid(path, folder, config, jobs, data=data, note=note,
                        tiny=tiny_config(COMPARISONS["marketplace"], config.systems))
 
-def _is_finished(job, data, config, folder):
+def _is_finished(job, data, config, folder, **before):
     "Look whether a training (system, seed) is stored in the folder of its grid."
     place = Path(folder) / "models" / "{}-seed{}".format(*job)
-    return load_result(place, result_fingerprint(*job, data, config)) is not None
+    return load_result(place, result_fingerprint(*job, data, config, **before)) is not None

@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from ..artifacts import compute_or_load, fingerprint
 from ..config import RunConfig
 from ..core import derive_seed, set_seed
-from ..data.interactions import (HISTORY, TEST, Split, interaction_statistics,
-                                        leave_one_out, select_events)
+from ..data.interactions import (HISTORY, TEST, Split, check_disjoint,
+                                        interaction_statistics, leave_one_out, select_events)
 from ..data.sequences import SequenceStore, pad_gather
 from ..data.synthetic import make_marketplace
 from ..evaluation import Evaluation
-from .compare import COMPARISONS, tiny_config
-from .run import (SYSTEMS, Result, RunData, _rank_by, difference, load_result,
-                                      prepare_data, result_fingerprint, run_system)
+from .compare import COMPARISONS, _is_finished, tiny_config
+from .run import (SYSTEMS, Result, RunData, _rank_by, difference, prepare_data,
+                                      run_system)
 from ..features.encoders import resolve_encoders
 from ..features.keywords import keyword_catalogue, load_word_encoder
 from ..recommender import Recommender
@@ -47,7 +47,7 @@ class Transfer:
     share: float = 1.  # of the kitchen's users that training may learn from; 0: zero-shot
     seed: int = 0
     lr: float = 1e-3  # of fine-tuning
-    centred: str = "kitchen"  # whose items' mean the features lose: `"others"` or of the kitchen
+    centred: str = TARGET  # whose items' mean the features lose: `"others"` or of the kitchen
 
     @property
     def key(self) -> str:  # key of `SYSTEMS` of what is fine-tuned
@@ -180,11 +180,11 @@ class Laboratory:
         progress: bool = True,  # show progress bars
     ):
         self.folder, self.base, self.progress = Path(folder), base, progress
-        prepared = self.folder / f"prepared-{part}"
-        self.shops = open_shops(base, prepared, progress)
-        self.others = take_shops(self.shops.data, OTHERS)
-        self.others = self.shops.describe(self.others, self.others)
+        self.shops = open_shops(base, self.folder / f"prepared-{part}", progress)
+        others = take_shops(self.shops.data, OTHERS)
+        self.others = self.shops.describe(others, others)
         self.target = take_shops(self.shops.data, (TARGET,))
+        check_disjoint(self.others.interactions, self.target.interactions)
 
     @cache
     def data_of(self, share: float, seed: int) -> RunData:
@@ -204,10 +204,9 @@ class Laboratory:
         return pretrain(system, seed, self.others, config, self.folder, self.progress)
 
     def arguments(self, job: Transfer) -> dict:
-        "Return what `run_system` and `result_fingerprint` take."
+        "Return what `run_system` takes beside system, seed and folder."
         read = self.described if SYSTEMS[job.key].reads_keywords else self.data_of
-        given = dict(name=job.key, seed=job.seed, data=read(job.share, job.seed),
-                     config=settings_of(job, self.base))
+        given = dict(data=read(job.share, job.seed), config=settings_of(job, self.base))
         if job.before != "others": return given
         source, _ = self.source_of(job.system, job.seed)
         stays = statistics_of(source) if job.share and job.centred == TARGET else ()
@@ -215,13 +214,13 @@ class Laboratory:
 
     def train(self, job: Transfer) -> Result:
         "Train and rank, or read what is stored."
-        return run_system(**self.arguments(job), folder=self.folder / job.folder,
-                          progress=self.progress)
+        return run_system(job.key, job.seed, **self.arguments(job),
+                          folder=self.folder / job.folder, progress=self.progress)
 
     def is_finished(self, job: Transfer) -> bool:
         "Look whether a training is stored."
-        place = self.folder / job.folder / "models" / f"{job.key}-seed{job.seed}"
-        return load_result(place, result_fingerprint(**self.arguments(job))) is not None
+        return _is_finished((job.key, job.seed), **self.arguments(job),
+                            folder=self.folder / job.folder)
 
 # %% ../../nbs/64_experiments.cross_domain.ipynb #grids
 def _grid(systems, befores, shares, **more):
@@ -247,8 +246,10 @@ def rank_by_likeness(
     events, text = store.rows(TEST), F.normalize(data.catalogue.mean_text(), dim=-1)
     n = np.minimum(store.history_length(events), n_last)
     last = torch.from_numpy(pad_gather(store.items, events - n, n))
-    target = store.items[events].astype(np.int64)
-    ranks, top = _rank_by((text[last].sum(1) @ text[1:].T).numpy(), target, None, 10)
+    target, size = store.items[events].astype(np.int64), 1024  # events at once: memory stays flat
+    found = [_rank_by((text[some].sum(1) @ text[1:].T).numpy(), target[at:at + size], None, 10)
+             for at, some in zip(range(0, len(last), size), last.split(size))]
+    ranks, top = map(np.concatenate, zip(*found))
     return Evaluation(ranks, target, store.user[events], n, top, store.n_items)
 
 # %% ../../nbs/64_experiments.cross_domain.ipynb #run-row
