@@ -232,7 +232,7 @@ def plot_categories(
     ax.grid(False)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in colors.items()]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c, label=name) for name, c in colors.items()]
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
