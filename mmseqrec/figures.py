@@ -6,7 +6,7 @@ Docs: https://mmseqrec.github.io/mmseqrec/figures.html.md"""
 
 # %% auto #0
 __all__ = ['COLORS', 'IMAGE_FORMATS', 'MAX_PIXELS', 'set_style', 'plot_lines', 'plot_bars', 'plot_heatmap', 'ImageError',
-           'open_image', 'plot_images', 'plot_rows', 'figure_to_png']
+           'open_image', 'plot_categories', 'plot_images', 'plot_rows', 'figure_to_png']
 
 # %% ../nbs/02_figures.ipynb #imports
 import io
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import ListedColormap
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% ../nbs/02_figures.ipynb #colours
@@ -208,6 +209,32 @@ def open_image(
 
     Raises `OSError` for a file that is not there, `ImageError` for one that is broken."""
     with _image_file(source, max_pixels) as image: return _to_rgb(image)
+
+# %% ../nbs/02_figures.ipynb #plot-categories
+def plot_categories(
+    values: np.ndarray,  # `[rows, columns]`, number of the category in `colors`; negative: white
+    colors: Mapping[str, str],  # category -> colour, in the order of their numbers
+    row_names: Sequence[str],  # `[rows]`
+    column_names: Sequence[str],  # `[columns]`
+    title: str = "",
+    xlabel: str = "",
+    ax: plt.Axes | None = None,  # where to draw; new axes by default
+) -> plt.Axes:
+    "Draw a matrix whose cells are one of a few categories."
+    values = np.ma.masked_less(np.asarray(values), 0)
+    rows, columns = values.shape
+    ax = _axes(ax, title, xlabel, "", (min(3 + .38 * columns, 9), min(1 + .28 * rows, 7)))
+    look = {"cmap": ListedColormap(list(colors.values())), "vmin": -.5, "vmax": len(colors) - .5}
+    ax.pcolormesh(values, edgecolors="white", linewidth=1, **look)
+    ax.set(xticks=np.arange(columns) + .5, xticklabels=column_names,
+           yticks=np.arange(rows) + .5, yticklabels=row_names)
+    ax.invert_yaxis()
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c, label=name) for name, c in colors.items()]
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
 
 # %% ../nbs/02_figures.ipynb #no-image
 def _no_image(ax):
