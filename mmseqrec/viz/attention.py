@@ -126,7 +126,7 @@ def plot_score_parts(
     values = np.array(list(parts.values()), float)
     up, down = values.clip(0), values.clip(None, 0)
     scale = 1 / max(up.sum(0).max() - down.sum(0).min(), 1e-12)
-    ax, base = _strip(images, captions, 1.3 + 1.1 * (sources is not None), title)
+    ax, base = _strip(images, captions, 1.4 + 1.1 * (sources is not None), title)
     line = base + .1 + scale * up.sum(0).max()
     ax.hlines(line, .1, len(images) - .1, COLORS["ink"], linewidth=.8)
     for row, (name, color) in enumerate((name, COLORS[name]) for name in parts):
@@ -134,8 +134,8 @@ def plot_score_parts(
             start, x = line - scale * signed[:row].sum(0), np.arange(len(images)) + .5
             ax.bar(x, -scale * signed[row], .5, start, color=color, label=name * (signed is up))
     for x, score in enumerate(values.sum(0)):
-        ax.text(x + .5, base + 1.12, f"{score:.2f}".replace("0.", "."), _CAPTION)
-    for x, image in enumerate(sources or ()): _draw_image(ax, image, x, base + 1.4)
+        ax.text(x + .5, base + 1.16, f"{score:.2f}".replace("0.", "."), _CAPTION)
+    for x, image in enumerate(sources or ()): _draw_image(ax, image, x, base + 1.45)
     ax.legend(loc="center left", bbox_to_anchor=(1, .5))
     return ax.figure
 
