@@ -1,10 +1,14 @@
-"Maps of embeddings: PCA against the singular value decomposition, gaps against loops, plots that return their axes."
+"Maps of embeddings: PCA against the singular value decomposition, measures against loops, plots that return their axes."
+import tracemalloc
+import warnings
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
 
-from mmseqrec.viz.embeddings import modality_gap, pca_2d, plot_map, plot_modality_gap, plot_picture_map, spread_out, umap_2d
+from mmseqrec.viz.embeddings import (alignment, map_trustworthiness, modality_gap, nearest_neighbours, neighbour_agreement, pca_2d,
+                                     plot_map, plot_modality_gap, plot_picture_map, spread_out, umap_2d, uniformity)
 
 CLOSE = dict(rtol=0, atol=1e-8)
 
@@ -48,13 +52,76 @@ def test_pca_of_floats_of_other_kinds_and_of_nothing_to_see():
     assert not points.any() and not share.any()
 
 
+def slow_neighbours(x):
+    "Rank all other points by cosine, one by one: `[N]` lists, nearest first."
+    cosine = lambda a, b: a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b))
+    return [sorted((j for j in range(len(x)) if j != i), key=lambda j: -cosine(x[i], x[j])) for i in range(len(x))]
+
+@pytest.mark.parametrize("block", [1, 7, 1024])
+def test_nearest_neighbours_equal_a_loop(block):
+    x = cloud(41, 5)
+    found, cosines = nearest_neighbours(x, 6, block)
+    assert found.tolist() == [row[:6] for row in slow_neighbours(x)] and found.shape == cosines.shape == (41, 6)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    np.testing.assert_allclose(cosines, (unit[:, None] * unit[found]).sum(-1), **CLOSE)
+    assert nearest_neighbours(9 * x, 40)[0].tolist() == slow_neighbours(x), "all others, whatever the length"
+    assert nearest_neighbours(np.ones((4, 2)), 3)[0].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]], "never itself"
+
+def test_alignment_and_uniformity_equal_loops():
+    x, y = cloud(23, 6), cloud(23, 6, seed=1)
+    u, v = ([row / np.sqrt((row ** 2).sum()) for row in z] for z in (x, y))
+    assert alignment(x, y) == pytest.approx(np.mean([((a - b) ** 2).sum() for a, b in zip(u, v)]), abs=1e-9)
+    assert alignment(x, 3 * x) == pytest.approx(0, abs=1e-12) and alignment(x, -x) == pytest.approx(4)
+    for t in (2, .5):
+        pairs = [np.exp(-t * ((u[a] - u[b]) ** 2).sum()) for a in range(23) for b in range(23) if a != b]
+        for block in (1, 5, 1024): assert uniformity(x, t, block) == pytest.approx(np.log(np.mean(pairs)), abs=1e-9)
+    assert abs(uniformity(np.ones((5, 3)))) < 1e-9 and uniformity(x) < 0
+    even = uniformity(np.random.default_rng(0).standard_normal((500, 400)))
+    assert even == pytest.approx(-4, abs=.05), "at right angles: -2 t"
+
+def test_nothing_quadratic_is_held():
+    x = np.random.default_rng(0).standard_normal((4000, 4))
+    for measure in (lambda: uniformity(x, block=128), lambda: nearest_neighbours(x, 5, block=128)):
+        tracemalloc.start()
+        measure()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4000 * 4000 * 8 / 4, peak
+
+def slow_trustworthiness(x, points, k):
+    "Venna and Kaski (2001), equation by equation."
+    N, total = len(x), 0
+    for n, near in enumerate(slow_neighbours(x)):
+        on_map = sorted((m for m in range(N) if m != n), key=lambda m: ((points[n] - points[m]) ** 2).sum())[:k]
+        total += sum(max(0, near.index(m) + 1 - k) for m in on_map)
+    return 1 - 2 / (N * k * (2 * N - 3 * k - 1)) * total
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_trustworthiness_equals_its_equation(k):
+    x = cloud(50, 6)
+    for points in (pca_2d(x)[0], np.random.default_rng(2).random((50, 2))):
+        assert map_trustworthiness(x, points, k) == pytest.approx(slow_trustworthiness(x, points, k), abs=1e-9)
+    plane = cloud(50, 2) - 10  # a map that is the space: nothing is lost
+    circle = plane / np.linalg.norm(plane, axis=1, keepdims=True)
+    assert map_trustworthiness(plane, circle, k) == 1
+
+def test_neighbour_agreement_equals_sets():
+    x, y = cloud(40, 5), np.hstack([cloud(40, 3), cloud(40, 4, seed=3)])
+    expected = np.mean([len(set(a[:4]) & set(b[:4])) / 4 for a, b in zip(slow_neighbours(x), slow_neighbours(y))])
+    assert neighbour_agreement(x, y, k=4) == pytest.approx(expected) and 0 < expected < 1
+    assert neighbour_agreement(x, 5 * x) == 1 and neighbour_agreement(x, y, k=4) == neighbour_agreement(y, x, k=4)
+    chance = [neighbour_agreement(*np.random.default_rng(s).standard_normal((2, 200, 9)), k=10) for s in range(5)]
+    assert np.mean(chance) == pytest.approx(10 / 199, abs=.015)
+
 @pytest.mark.slow  # compiles for half a minute
 def test_umap_repeats_itself_and_keeps_neighbours():
     pytest.importorskip("umap")
     rng = np.random.default_rng(0)
     centres = np.eye(3, 8).repeat(20, 0) * 6
     x = centres + rng.standard_normal((60, 8)) * .3
-    first, second = umap_2d(x, seed=1), umap_2d(x, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        first, second = umap_2d(x, seed=1), umap_2d(x, seed=1)
     np.testing.assert_array_equal(first, second)
     assert first.shape == (60, 2) and np.isfinite(first).all() and not np.array_equal(first, umap_2d(x, seed=2))
     distance = np.linalg.norm(first[:, None] - first[None], axis=-1) + np.eye(60) * 1e9
