@@ -10,6 +10,8 @@ __all__ = ['ranks_from_counts', 'recall_at_k', 'ndcg_at_k', 'mrr', 'precision_at
            'paired_test']
 
 # %% ../nbs/41_metrics.ipynb #imports
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -94,6 +96,15 @@ def _as_array(values):
     return np.asarray(values, dtype=np.float64).reshape(-1)
 
 
+def _draw_resamples(n, U, seed):
+    "Yield n resamples of U users, a block `[m, U]` at a time so that memory stays flat."
+    rng, m = np.random.default_rng(derive_seed(seed, "bootstrap")), max(1, (1 << 22) // U)
+    for at in range(0, n, m): yield rng.integers(0, U, (min(m, n - at), U)).astype(np.int32)
+
+@lru_cache(maxsize=4)
+def _kept_resamples(n, U, seed): return list(_draw_resamples(n, U, seed))
+
+
 def bootstrap_interval(
     values: Tensor | np.ndarray,  # `[U]` one value per user
     n: int = 1000,  # resamples
@@ -103,9 +114,9 @@ def bootstrap_interval(
     "Bound the mean by percentiles of resampled means (Efron 1979); no values are a `ValueError`."
     values = _as_array(values)
     if len(values) == 0: raise ValueError("no values to resample")
-    rng, U = np.random.default_rng(derive_seed(seed, "bootstrap")), len(values)
-    means = [values[rng.integers(0, U, U)].mean() for _ in range(n)]
-    return tuple(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist())
+    draw = _kept_resamples if n * len(values) <= 1 << 22 else _draw_resamples
+    means = [np.take(values, block).mean(1) for block in draw(n, len(values), seed)]
+    return tuple(np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2]).tolist())
 
 # %% ../nbs/41_metrics.ipynb #paired-helper
 def _paired(a, b):

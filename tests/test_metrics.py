@@ -161,6 +161,16 @@ def test_bootstrap_equals_a_loop_over_one_matrix_of_draws():
     assert whole[0] < low < values.mean() < high < whole[1]
 
 
+def test_many_users_are_resampled_block_by_block():
+    values = np.random.default_rng(1).random((1 << 22) // 100 + 1)  # a block holds fewer resamples than are asked for
+    blocks = list(m._draw_resamples(150, len(values), 5))
+    assert len(blocks) > 1 and sum(map(len, blocks)) == 150 and all(block.size <= 1 << 22 for block in blocks)
+    whole = np.random.default_rng(m.derive_seed(5, "bootstrap")).integers(0, len(values), (150, len(values)))
+    assert np.array_equal(np.concatenate(blocks), whole)
+    expected = np.quantile([values[row].mean() for row in whole], [.025, .975])
+    np.testing.assert_allclose(m.bootstrap_interval(values, n=150, seed=5), expected, **CLOSE)
+
+
 def test_bootstrap_covers_the_true_mean():
     "About 95 of 100 intervals hold the true mean; fewer than 88 would be rarer than one in a thousand."
     rng = np.random.default_rng(1)

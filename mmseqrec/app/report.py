@@ -6,7 +6,7 @@ Docs: https://mmseqrec.github.io/mmseqrec/app.report.html.md"""
 
 # %% auto #0
 __all__ = ['DPI', 'SPLITS', 'SLICES', 'BREADTH', 'SECTIONS', 'format_number', 'format_seconds', 'metric_title', 'render_part',
-           'data_uri', 'thumbnail', 'embed_figure', 'SystemSummary', 'system_summaries', 'best_baseline',
+           'data_uri', 'is_readable', 'thumbnail', 'embed_figure', 'SystemSummary', 'system_summaries', 'best_baseline',
            'one_seed_note', 'keyword_settings', 'what_ran_section', 'beyond_accuracy', 'system_row', 'plot_systems',
            'systems_section', 'plot_loss', 'plot_validation', 'plot_pretraining_terms', 'training_section',
            'pretraining_section', 'plot_report_slices', 'slices_section', 'plot_beyond', 'breadth_section',
@@ -89,6 +89,13 @@ def data_uri(
     "Write an image file as an address that contains it."
     kind = "png" if content[:4] == b"\x89PNG" else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+def is_readable(
+    path: str | Path,  # an image file
+) -> bool:  # whether it can be shown
+    "Try to open an image."
+    try: return bool(open_image(path))
+    except (OSError, ValueError): return False
 
 def thumbnail(
     path: str | Path,  # an image file
@@ -555,8 +562,8 @@ def choose_pictured(
     rows = np.flatnonzero(run.data.keywords.top[:, 0, 0].numpy() >= 0).tolist()
     rows.sort(key=lambda row: -counts[row])
     parts = np.array_split(rows, min(n, len(rows)) or 1)
-    def is_readable(row): return files[row] and thumbnail(files[row][0], 8)
-    first = [next(filter(is_readable, part.tolist()), None) for part in parts]
+    def is_shown(row): return files[row] and is_readable(files[row][0])
+    first = [next(filter(is_shown, part.tolist()), None) for part in parts]
     return [row for row in first if row is not None]
 
 # %% ../../nbs/80_app.report.ipynb #pictures-words
@@ -583,7 +590,7 @@ def first_pictures(
     items: ItemTable,  # aligned with the catalogue
 ) -> list[Path | None]:  # `[V + 1]` files; `None` where no image can be read
     "Choose each item's first image that can be read."
-    return [next((Path(f) for f in files if thumbnail(f, 8)), None) for files in items.images]
+    return [next(map(Path, filter(is_readable, files)), None) for files in items.images]
 
 def interests_section(
     run: Run,
