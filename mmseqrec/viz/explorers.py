@@ -424,6 +424,7 @@ def shop_vocabularies(
 ) -> dict[str, tuple[str, ...]]:  # name -> words
     "List the vocabularies to choose from."
     if (given := shop.options.get("vocabularies")): return {n: tuple(w) for n, w in given.items()}
+    if not any(shop.texts): return {"everyday words": EVERYDAY_WORDS}
     own = tuple(keyword_vocabulary(shop.texts, min_items=min(5, len(shop.texts) // 20 + 1)))
     return {"words of the shop": own, "and everyday words": (*own, *EVERYDAY_WORDS)}
 
@@ -474,7 +475,7 @@ def map_points(
 ) -> tuple[list[int], np.ndarray, list[list[int]]]:  # n rows; `[n, 2]` in 0..1; `[n][5]` places
     "Project some items, at most `n_points`, and find the nearest of them in the whole space."
     table, n = F.normalize(shop.once(map_spaces)[space], dim=1), shop.options.get("n_points", 300)
-    there = table.any(1).nonzero()[:, 0]
+    there = 1 + table[1:].any(1).nonzero()[:, 0]
     rows = there[np.unique(np.linspace(0, len(there) - 1, n).astype(int))]
     if len(rows) < 6: raise ValueError(f"{space}: a map needs six items or more, got {len(rows)}")
     x = table[rows]

@@ -47,7 +47,7 @@ const CONTROLS = {
       later = setTimeout(() => send(Number(node.value)), 60);
     } });
     const show = value => { node.value = value; tell(); };
-    const label = make("span", {}, control.label, " ", shown);
+    const label = make("span", {}, control.label, ": ", shown);
     return { node: make("label", { class: "control" }, label, node), show };
   },
 
@@ -97,7 +97,7 @@ const VIEWS = {
   bars: (view, items) => make("ol", { class: "bars" }, ...view.bars.map(bar => {
     const fill = make("span", { class: "fill" });
     fill.style.width = `${100 * Math.min(1, Math.max(0, bar.value / view.max))}%`;
-    fill.style.background = `var(--mmx-${view.color})`;
+    fill.style.background = `var(--mmx-c-${bar.color})`;
     const label = bar.label ?? items[bar.rows[0]].title;
     return make("li", {}, make("span", { class: "pictures" }, ...(bar.rows ?? []).map(row => picture(items[row]))),
                 make("span", { class: "label", title: label }, label), make("span", { class: "track" }, fill),
@@ -129,18 +129,17 @@ const VIEWS = {
     }))),
 
   strip(view) {
-    const x = rank => 12 + 476 * Math.log(rank) / Math.log(view.most), low = 118, counts = {};
-    const dots = view.ranks.map(rank => {
-      const at = Math.round(x(rank) / 7);
-      const above = counts[at] = (counts[at] ?? 0) + 1;
-      return make("svg:circle", { cx: at * 7, cy: low - 2 - 5.2 * Math.min(above, 21), r: 2.4, class: rank <= view.k ? "hit" : "miss" });
-    });
+    const x = rank => 12 + 476 * Math.log(rank) / Math.log(view.most), low = 118, piles = {};
+    for (const rank of view.ranks) (piles[Math.round(x(rank) / 7)] ??= []).push(rank);
+    const step = Math.min(5.2, 98 / Math.max(...Object.values(piles).map(pile => pile.length)));
+    const dots = Object.entries(piles).flatMap(([at, pile]) => pile.sort((a, b) => a - b).map((rank, index) => make("svg:circle",
+      { cx: at * 7, cy: low - 4 - step * index, r: 2.4, class: rank <= view.k ? "hit" : "miss" })));
     const ticks = view.ticks.map(tick => make("svg:text", { x: x(tick), y: low + 14, "text-anchor": "middle" }, String(tick)));
-    const limit = x(view.k + .5);
+    const limit = Math.min(x(view.k + .5), 496), side = limit > 400 ? "end" : "start";
     return make("svg:svg", { viewBox: "0 0 500 136", role: "img", "aria-label": view.label, class: "strip" },
       make("svg:line", { x1: 4, x2: 496, y1: low, y2: low, class: "axis" }), ...dots, ...ticks,
       make("svg:line", { x1: limit, x2: limit, y1: 4, y2: low, class: "limit" }),
-      make("svg:text", { x: limit + 4, y: 12, class: "limit-name" }, `k = ${view.k}`));
+      make("svg:text", { x: limit + (side === "end" ? -4 : 4), y: 12, "text-anchor": side, class: "limit-name" }, `k = ${view.k}`));
   },
 
   points(view, items) {
@@ -198,7 +197,7 @@ function render({ model, el }) {
   const status = make("p", { class: "status", role: "status" });
   const root = make("section", { class: "mmx", "aria-label": fixed.title },
                     make("h2", {}, fixed.title), make("p", { class: "text" }, fixed.about), form, status, views);
-  Object.entries(fixed.colors).forEach(([name, color]) => root.style.setProperty(`--mmx-${name}`, color));
+  Object.entries(fixed.colors).forEach(([name, color]) => root.style.setProperty(`--mmx-c-${name}`, color));
 
   const send = (control, value) => {
     const choice = Object.fromEntries(model.get("scene").controls.map(other => [other.name, other.value]));
@@ -224,7 +223,7 @@ function render({ model, el }) {
     while (form.children.length > nodes.length) form.lastChild.remove();
     status.textContent = scene.error || scene.status;
     status.classList.toggle("error", Boolean(scene.error));
-    views.replaceChildren(...scene.views.map(view => make("section", { class: `view ${view.view}` },
+    views.replaceChildren(...scene.views.map(view => make("section", { class: `view view-${view.view}` },
       view.title ? make("h3", {}, view.title) : null, VIEWS[view.view](view, items))));
   };
 
