@@ -214,7 +214,7 @@ def bar(
     color: str = "text",  # a name of `COLORS`
 ) -> dict:
     "Describe a bar of the view `bars`."
-    found = dict(value=round(float(value), 4), text=text, rows=list(map(int, rows)), color=color)
+    found = dict(value=round(float(value), 3), text=text, rows=list(map(int, rows)), color=color)
     return found | ({} if label is None else {"label": label}) | ({"note": note} if note else {})
 
 def bars(
@@ -224,7 +224,7 @@ def bars(
 ) -> dict:
     "Describe the view `bars`."
     most = max((each["value"] for each in found), default=1) if longest is None else longest
-    return dict(view="bars", title=title, bars=list(found), max=max(round(float(most), 4), 1e-4))
+    return dict(view="bars", title=title, bars=list(found), max=max(round(float(most), 3), 1e-3))
 
 def make_scene(
     controls: Sequence[dict],  # with their values
@@ -308,7 +308,7 @@ def user_attention(
             bar(w, f"{w:.2f}", [row], color="both") for row, w in zip(shown, weights)]))
     layers, ids = attention_maps(model, shown, to_interests=True)
     if layers and ids:
-        found = sorted(zip(layers[-1].mean(0)[-1].tolist(), ids), reverse=True)[:6]
+        found = sorted(zip(layers[-1].mean(0)[-1].tolist(), ids), reverse=True)[:4]
         views.append(bars("Attention of the last position to interests", [
             bar(w, f"{w:.2f}", interest_rows(model, one), f"interest {one}", color="image")
             for w, one in found]))

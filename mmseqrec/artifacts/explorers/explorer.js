@@ -134,7 +134,7 @@ const VIEWS = {
     const step = Math.min(5.2, 98 / Math.max(...Object.values(piles).map(pile => pile.length)));
     const dots = Object.entries(piles).flatMap(([at, pile]) => pile.sort((a, b) => a - b).map((rank, index) => make("svg:circle",
       { cx: at * 7, cy: low - 4 - step * index, r: 2.4, class: rank <= view.k ? "hit" : "miss" })));
-    const ticks = view.ticks.map(tick => make("svg:text", { x: x(tick), y: low + 14, "text-anchor": "middle" }, String(tick)));
+    const ticks = view.ticks.map(tick => make("svg:text", { x: x(tick), y: low + 15, "text-anchor": tick === view.most ? "end" : "middle" }, String(tick)));
     const limit = Math.min(x(view.k + .5), 496), side = limit > 400 ? "end" : "start";
     return make("svg:svg", { viewBox: "0 0 500 136", role: "img", "aria-label": view.label, class: "strip" },
       make("svg:line", { x1: 4, x2: 496, y1: low, y2: low, class: "axis" }), ...dots, ...ticks,
