@@ -298,7 +298,7 @@ def twins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("twins")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(explorers, "_METHODS", explorers._METHODS[:1])  # UMAP takes long
-        return {kind: write_twin(open_one(kind, **OPTIONS.get(kind, {})), folder / f"{kind}.html") for kind in KINDS}
+        yield {kind: write_twin(open_one(kind, **OPTIONS.get(kind, {})), folder / f"{kind}.html") for kind in KINDS}
 
 
 def test_twins_hold_every_choice_they_offer(twins):
@@ -398,12 +398,9 @@ def by_mouse(page, kind):
         page.locator(".map circle[data-row]").last.click(force=True)
         assert page.locator(".about .title").first.inner_text() != before
         return None
-    control, other = {"keyword": ("vocabulary", 1), "metric": ("scores are rounded", 2), "mixup": ("probability", None),
-                      "new_item": ("title", 1), "attention": ("attention to", 1)}[kind]
-    if other is None: return changes(page, lambda: page.get_by_label(control).click(position={"x": 210, "y": 15}))
-    box = page.get_by_label(control).first
-    if kind == "keyword" and box.locator("option").count() == 1: return None
-    return changes(page, lambda: box.select_option(index=other))
+    if kind == "mixup": return changes(page, lambda: page.get_by_role("slider").first.click(position={"x": 210, "y": 15}))
+    name = {"keyword": "usual level", "metric": "rounded", "new_item": "title", "attention": "attention to"}[kind]
+    return changes(page, lambda: page.get_by_role("combobox", name=name).select_option(index=3 if kind == "metric" else 1))
 
 
 def by_keys(page, kind):
@@ -426,7 +423,8 @@ def by_keys(page, kind):
         page.keyboard.press("ArrowUp")
         assert len(seen | {before, page.locator(".about .title").first.inner_text()}) > 1
         return
-    key = {"checkbox": "Space", "range": "ArrowRight"}.get(at, "ArrowDown")
+    key = {"checkbox": "Space", "range": "ArrowRight"}.get(at) or page.evaluate(
+        "document.activeElement.selectedIndex ? 'ArrowUp' : 'ArrowDown'")
     before = page.locator(".mmx").inner_text()
     page.keyboard.press(key)
     page.wait_for_function("text => document.querySelector('.mmx').innerText !== text", arg=before)
@@ -475,7 +473,7 @@ def test_a_twin_shows_the_scene_of_the_choice(twins, visit):
     page.wait_for_function("text => document.querySelector('.mmx .status').innerText === text", arg=scene["status"])
     rows = page.locator(".view-bars").first.locator("li .label").all_inner_texts()
     assert rows == [TITLES[each["rows"][0] - 1] for each in view(scene, "bars")["bars"]]
-    page.get_by_label("user").select_option("user 1")  # another user starts again
+    page.get_by_role("combobox", name="user").select_option("user 1")  # another user starts again
     page.wait_for_function("text => document.querySelector('.mmx .status').innerText === text",
                            arg=explorer.scene_of({"user": "user 1"})["status"])
     assert page.get_by_role("checkbox", checked=True).count() == 5

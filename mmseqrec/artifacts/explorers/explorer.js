@@ -32,16 +32,16 @@ function card(item, note) {
 const CONTROLS = {
   select(control, send) {
     const options = control.options.map(([, label]) => make("option", {}, label));
-    const node = make("select", { change: () => send(control.options[node.selectedIndex][0]) }, ...options);
+    const node = make("select", { "aria-label": control.label, change: () => send(control.options[node.selectedIndex][0]) }, ...options);
     const show = value => { node.selectedIndex = control.options.findIndex(option => same(option[0], value)); };
     return { node: make("label", { class: "control" }, make("span", {}, control.label), node), show };
   },
 
   range(control, send) {
     let later;
-    const shown = make("output", {}), { min, max, step } = control;
-    const tell = () => { shown.value = `${node.value}${control.unit}`; };
-    const node = make("input", { type: "range", min, max, step, input: () => {
+    const shown = make("span", {}), { min, max, step } = control;
+    const tell = () => { shown.textContent = `${node.value}${control.unit}`; };
+    const node = make("input", { "aria-label": control.label, type: "range", min, max, step, input: () => {
       tell();
       clearTimeout(later);
       later = setTimeout(() => send(Number(node.value)), 60);
@@ -63,7 +63,7 @@ const CONTROLS = {
   },
 
   text(control, send) {
-    const node = make("input", { type: "text", maxlength: 300, change: () => send(node.value) });
+    const node = make("input", { "aria-label": control.label, type: "text", maxlength: 300, change: () => send(node.value) });
     const show = value => { if (node !== document.activeElement) node.value = value; };
     return { node: make("label", { class: "control wide" }, make("span", {}, control.label), node), show };
   },
@@ -77,7 +77,7 @@ const CONTROLS = {
       if (found) send([...added, found[0]]);
       if (found) node.value = "";
     };
-    const node = make("input", { type: "text", list: names.id, keydown: event => { if (event.key === "Enter") push(); } });
+    const node = make("input", { "aria-label": control.label, type: "text", list: names.id, keydown: event => { if (event.key === "Enter") push(); } });
     const undo = make("button", { type: "button", click: () => send(added.slice(0, -1)) }, "Take back");
     const show = value => { added = value; undo.disabled = !value.length; };
     const buttons = [make("button", { type: "button", click: push }, "Add"), undo];
