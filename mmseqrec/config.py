@@ -190,7 +190,7 @@ class _Training:
     lr: float = _setting(1e-3, "learning rate", low=1e-12)
     patience: int = _setting(4, "epochs without a better validation metric before stopping", low=0)
     pretrain_epochs: int = _setting(
-        10, "epochs of pre-training at most, for systems that have one", low=1)
+        8, "epochs of pre-training at most, for systems that have one", low=1)
     pretrain_batch_size: int = _setting(
         1024, "histories in a step of pre-training, at most one a user", low=1)
     metric: str = _setting("ndcg@10", "chooses the best epoch", metavar="NAME")

@@ -6,7 +6,7 @@ Docs: https://mmseqrec.github.io/mmseqrec/figures.html.md"""
 
 # %% auto #0
 __all__ = ['COLORS', 'IMAGE_FORMATS', 'MAX_PIXELS', 'set_style', 'plot_lines', 'plot_bars', 'plot_heatmap', 'ImageError',
-           'open_image', 'plot_images', 'figure_to_png']
+           'open_image', 'plot_categories', 'plot_images', 'plot_rows', 'figure_to_png']
 
 # %% ../nbs/02_figures.ipynb #imports
 import io
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import ListedColormap
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% ../nbs/02_figures.ipynb #colours
@@ -209,12 +210,47 @@ def open_image(
     Raises `OSError` for a file that is not there, `ImageError` for one that is broken."""
     with _image_file(source, max_pixels) as image: return _to_rgb(image)
 
+# %% ../nbs/02_figures.ipynb #plot-categories
+def plot_categories(
+    values: np.ndarray,  # `[rows, columns]`, number of the category in `colors`; negative: white
+    colors: Mapping[str, str],  # category -> colour, in the order of their numbers
+    row_names: Sequence[str],  # `[rows]`
+    column_names: Sequence[str],  # `[columns]`
+    title: str = "",
+    xlabel: str = "",
+    ax: plt.Axes | None = None,  # where to draw; new axes by default
+) -> plt.Axes:
+    "Draw a matrix whose cells are one of a few categories."
+    values = np.ma.masked_less(np.asarray(values), 0)
+    rows, columns = values.shape
+    ax = _axes(ax, title, xlabel, "", (min(3 + .38 * columns, 9), min(1 + .28 * rows, 7)))
+    look = {"cmap": ListedColormap(list(colors.values())), "vmin": -.5, "vmax": len(colors) - .5}
+    ax.pcolormesh(values, edgecolors="white", linewidth=1, **look)
+    ax.set(xticks=np.arange(columns) + .5, xticklabels=column_names,
+           yticks=np.arange(rows) + .5, yticklabels=row_names)
+    ax.invert_yaxis()
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c, label=name) for name, c in colors.items()]
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
 # %% ../nbs/02_figures.ipynb #no-image
 def _no_image(ax):
     "Draw a grey field where an image is missing."
     ax.add_patch(plt.Rectangle((0, 0), 1, 1, color=COLORS["neutral"], alpha=.5))
     ax.text(.5, .5, "no picture", ha="center", va="center", fontsize=6.5)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+
+def _draw_cell(ax, image, label="", color=None):
+    "Draw an image with a line of text under it and a frame."
+    if isinstance(image, (str, Path, Image.Image)): image = open_image(image)
+    if image is None: _no_image(ax)
+    else: ax.imshow(np.asarray(image), interpolation="antialiased")
+    ax.text(.5, -.05, label, ha="center", va="top", fontsize=7, transform=ax.transAxes)
+    frame = {"fill": False, "linewidth": 3, "edgecolor": color, "transform": ax.transAxes}
+    if color is not None: ax.add_patch(plt.Rectangle((0, 0), 1, 1, **frame))
 
 # %% ../nbs/02_figures.ipynb #plot-images
 def plot_images(
@@ -232,15 +268,27 @@ def plot_images(
     figsize = n_cols * (size + .06), n_rows * height + (.3 if title else 0)
     fig, axes = plt.subplots(n_rows, n_cols, figsize=figsize, squeeze=False)
     for ax in axes.flat: ax.axis("off")
-    for ax, image, label, color in zip(axes.flat, images, titles or repeat(""),
-                                       border_colors or repeat(None)):
-        if isinstance(image, (str, Path, Image.Image)): image = open_image(image)
-        if image is None: _no_image(ax)
-        else: ax.imshow(np.asarray(image), interpolation="antialiased")
-        ax.text(.5, -.05, label, ha="center", va="top", fontsize=7, transform=ax.transAxes)
-        frame = {"fill": False, "linewidth": 3, "edgecolor": color, "transform": ax.transAxes}
-        if color is not None: ax.add_patch(plt.Rectangle((0, 0), 1, 1, **frame))
+    for cell in zip(axes.flat, images, titles or repeat(""), border_colors or repeat(None)):
+        _draw_cell(*cell)
     if title: fig.suptitle(title, x=.01, ha="left", fontsize=10.5, fontweight="bold")
+    return fig
+
+# %% ../nbs/02_figures.ipynb #plot-rows
+def plot_rows(
+    rows: Mapping[str, Sequence],  # name of a row -> images, as in `plot_images`
+    frames: Mapping[str, Sequence] | None = None,  # name -> colours of frames, or `None`
+    size: float = .85,  # inches an image
+) -> plt.Figure:
+    "Draw rows of images with a name before each."
+    n_cols, ratios = max(map(len, rows.values())), [2.2 / size]
+    figsize = 2.2 + n_cols * (size + .05), len(rows) * (size + .06)
+    fig, axes = plt.subplots(len(rows), 1 + n_cols, figsize=figsize, squeeze=False,
+                             width_ratios=ratios + [1] * n_cols)
+    for ax in axes.flat: ax.axis("off")
+    for (first, *others), (name, images) in zip(axes, rows.items()):
+        first.text(1, .5, name, ha="right", va="center", fontsize=9, transform=first.transAxes)
+        colors = [*(frames or {}).get(name, ()), *[None] * len(images)]
+        for ax, image, color in zip(others, images, colors): _draw_cell(ax, image, "", color)
     return fig
 
 # %% ../nbs/02_figures.ipynb #figure-to-png

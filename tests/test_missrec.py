@@ -6,12 +6,10 @@ import math
 from dataclasses import replace
 from functools import partial, partialmethod
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import mmseqrec.blocks.interests as interests
@@ -25,7 +23,7 @@ from mmseqrec.features.encoders import catalogue_from_arrays
 from mmseqrec.blocks.interest_decoder import InterestEncoderDecoder
 from mmseqrec.blocks.losses import full_softmax_cross_entropy
 from mmseqrec.models.missrec import (MISSRec, HistoryInput, HistoryView, InterestReader, ItemAdapters, disturbed_view, fuse_modalities,
-                                     fused_score, interest_attention, plot_interest_attention, view_histories)
+                                     fused_score, interest_attention, view_histories)
 from mmseqrec.recommender import transfer_weights
 from slow_missrec import finetuning, interest_set, pretraining, read_user, score, tokens
 from slow_streams import numbers, softmax
@@ -932,17 +930,6 @@ def test_attention_is_that_of_the_network(monkeypatch):
     model.attention(batch)
     last = shown[-1][torch.arange(6), batch.item_seq_len - 1]
     torch.testing.assert_close(F.normalize(last, dim=-1), u[:, 0], **CLOSE)
-
-
-def test_the_figure_shows_every_item_and_interest():
-    picture = Image.new("RGB", (8, 8), "red")
-    fig = plot_interest_attention(np.array([[.5, .25, .25], [1., 0., 0.]]), [picture, None], [[picture], [None, picture], []], "a title")
-    assert isinstance(fig, plt.Figure)
-    ax = fig.axes[0]
-    assert ax.get_title() == "a title" and len(ax.child_axes) == 2 + 3
-    assert [text.get_text() for text in ax.texts] == [".50", ".25", ".25", "1.00", ".00", ".00"]
-    assert sum(bool(inset.images) for inset in ax.child_axes) == 3 and sum(bool(inset.texts) for inset in ax.child_axes) == 2
-    plt.close(fig)
 
 
 def test_it_looks_both_ways():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pages import page_process
 
@@ -37,6 +38,31 @@ def test_page_runs(page, tmp_path):
     assert sorted(shown) == sorted(outputs(page)), "the page is not stored as it runs: run all cells and save"
     if page.stem == "index":  # its seed makes the numbers of README.md repeat, to rounding on another processor
         assert numbers(page) and numbers(copy) == pytest.approx(numbers(page), abs=.01)
+
+def alt_faults(cells):
+    "Return what is wrong with the alt texts of a page: cell id -> fault. One image, one text that tells what it shows."
+    faults, seen = {}, set()
+    for cell in cells:
+        n_images = sum(kind.startswith("image/") for o in cell.get("outputs", []) for kind in o.get("data", {}))
+        alts = [line[3:] for line in "".join(cell["source"]).splitlines() if re.match(r"#\| fig-alt: ", line)]
+        alts = [alt for line in alts for alt in (lambda x: [x] if isinstance(x, str) else x)(yaml.safe_load(line)["fig-alt"])]
+        if len(alts) != n_images: faults[cell["id"]] = f"{n_images} images, {len(alts)} alt texts"
+        elif any(len(alt.split()) < 4 or alt in seen for alt in alts): faults[cell["id"]] = f"{alts} does not tell this image from others"
+        seen |= set(alts)
+    return faults
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_every_figure_has_alt_text(page):
+    "The first line of a cell that draws is its alt text, for readers who do not see the figure."
+    faults = alt_faults(json.loads(page.read_text(encoding="utf-8"))["cells"])
+    assert not faults, f'begin each of these cells with a line such as #| fig-alt: "Two bars, the left one higher": {faults}'
+
+def test_a_missing_alt_text_is_found():
+    image = {"data": {"image/png": "", "text/plain": ""}}
+    def faults(source, n=1): return alt_faults([{"id": "a", "source": [source], "outputs": [image] * n}])
+    assert faults("plot()") and faults('#| fig-alt: "A plot"\nplot()') and faults('#| fig-alt: "One bar beside another"', 2)
+    assert not faults('#| fig-alt: "One bar beside another"\nplot()') and not faults("print()", 0)
+    assert not faults('#| fig-alt: ["One bar beside another", "The same on paper"]', 2)
 
 @pytest.mark.slow
 def test_pages_are_ready_for_the_site(tmp_path):

@@ -132,7 +132,8 @@ _NOT_PRETRAINED = ("mp4sr_content_scratch", "unisrec_scratch", "mmsrec_scratch",
                    "mp4sr_scratch", "unisrec_ids_scratch", "missrec_ids_scratch")
 COMPARED = ("popularity", "markov", "sasrec", "gru4rec", "bert4rec", "content_sasrec",
             *_NOT_PRETRAINED, *(name.removesuffix("_scratch") for name in _NOT_PRETRAINED))
-_KITCHEN = RunConfig(systems=COMPARED, seeds=(0, 1, 2), patience=10, new_items=0., device="cpu")
+_KITCHEN = RunConfig(systems=COMPARED, seeds=(0, 1, 2), patience=10, pretrain_epochs=10,
+                     new_items=0., device="cpu")
 _SCIENTIFIC = replace(
     _KITCHEN, patience=6, new_items=None,
     systems=tuple(name for name in COMPARED if not SYSTEMS[name].reads_keywords),

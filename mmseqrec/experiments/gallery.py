@@ -37,8 +37,8 @@ from ..recommender import Recommender, encode_catalogue, fit_parts
 GALLERY = RunConfig(device="cpu", systems=(
     "sasrec", "content_sasrec", "unisrec", "mp4sr_content", "mmsrec", "missrec"))
 
-MOMENTS = {"random": (0, 0), "pretrain 1": (1, 0), "pretrain 3": (3, 0), "pretrained": (None, 0),
-           "finetune 1": (None, 1), "trained": (None, None)}  # epochs of both phases; None: all
+MOMENTS = {"random": (0, 0), "pretrain 1": (1, 0), "pretrained": (None, 0), "finetune 1": (None, 1),
+           "finetune 3": (None, 3), "trained": (None, None)}  # epochs of both phases; None: all
 WATCHED = ("mp4sr_content", "missrec")  # systems that are kept at every moment
 
 # %% ../../nbs/69_experiments.gallery.ipynb #train-moment
