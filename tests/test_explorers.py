@@ -238,14 +238,14 @@ def test_a_saved_model_is_explored(tmp_path):
 
 # What cannot be
 
-BAD = [("user", dict(user="nobody"), "user must be one of 'user 0', 'user 1'"), ("user", dict(events=[9]), "events must list"),
+BAD = [("user", dict(user="nobody"), "user must be one of ['user 0', 'user 1'"), ("user", dict(events=[9]), "events must list"),
        ("user", dict(events=3), "events must list"), ("user", dict(added=[99]), "added must list catalogue rows from 1 to 12"),
        ("user", dict(users="user 1"), "no control 'users' here: use user, events, added"), ("metric", dict(k=0), "k must be 1 to 50"),
        ("metric", dict(k=True), "k must be"), ("metric", dict(k="3"), "k must be"), ("metric", dict(ties="random"), "ties must be one of"),
        ("mixup", dict(ratio=35), "ratio must be 0 to 100 in steps of 10"), ("mixup", dict(user=[]), "user must be"),
        ("keyword", dict(picture=4), "picture must be one of"), ("keyword", dict(n=21), "n must be 1 to 20"),
-       ("map", dict(space="moon"), "space must be one of 'item vectors'"), ("new_item", dict(title=3), "title must be a text"),
-       ("new_item", dict(picture=-1), "picture must be one of 0"), ("attention", dict(head=7), "head must be one of"),
+       ("map", dict(space="moon"), "space must be one of ['item vectors'"), ("new_item", dict(title=3), "title must be a text"),
+       ("new_item", dict(picture=-1), "picture must be one of [0"), ("attention", dict(head=7), "head must be one of"),
        ("attention", dict(layer=0), "layer must be one of")]
 
 @pytest.mark.parametrize("kind, choice, sentence", BAD, ids=[f"{kind}-{'-'.join(choice)}-{n}" for n, (kind, choice, _) in enumerate(BAD)])
@@ -383,10 +383,10 @@ def status(page): return page.locator(".mmx .status").inner_text()
 
 
 def changes(page, act):
-    "Do something, and wait until the status is another."
-    before = status(page)
+    "Do something, and wait until another scene is shown; return its sentence."
+    before = page.locator(".mmx").inner_text()
     act()
-    page.wait_for_function("text => document.querySelector('.mmx .status').innerText !== text", arg=before)
+    page.wait_for_function("text => document.querySelector('.mmx').innerText !== text", arg=before)
     return status(page)
 
 

@@ -38,7 +38,7 @@ from ..data.items import ItemTable
 from ..data.sequences import collate
 from ..features.encoders import Catalogue, load_image_encoder, load_text_encoder
 from ..features.keywords import (EVERYDAY_WORDS, keyword_vocabulary, load_word_encoder,
-                                        split_words, top_words, word_levels, word_similarity)
+                                        split_words, word_levels, word_similarity)
 from ..figures import COLORS, open_image
 from ..metrics import mrr, ndcg_at_k, rank_of_target, recall_at_k
 from ..models.missrec import MISSRec, interest_attention
@@ -153,9 +153,7 @@ def select(
     options = [list(pair) for pair in options]
     known = [value for value, _ in options]
     value = choice.get(name, known[0])
-    if value not in known:
-        some = ", ".join(map(repr, known[:6])) + ", ..." * (len(known) > 6)
-        raise ValueError(f"{name} must be one of {some}, got {value!r}")
+    if value not in known: raise ValueError(f"{name} must be one of {known[:6]}, got {value!r}")
     return dict(kind="select", name=name, label=label, options=options, value=value,
                 resets=list(resets))
 
@@ -442,10 +440,9 @@ def keyword_scene(
     level = select(choice, "level", "usual level of a word", _LEVELS)
     space = shop.once(word_space, vocabularies[vocabulary["value"]])
     row, levels = picture["value"], space.word_level if level["value"] == "yes" else None
-    image = space.image_emb[[0, 1 + shop.pictured.index(row)]]
-    absent = torch.tensor([[True], [False]])
-    top = top_words(image, absent, space.word_emb, n["value"], word_level=levels)[1, 0]
-    likeness = word_similarity(image[1], space.word_emb, levels)[0]
+    image = space.image_emb[1 + shop.pictured.index(row)]
+    likeness = word_similarity(image, space.word_emb, levels)[0]
+    top = likeness.sort(descending=True, stable=True).indices[:n["value"]]
     own = set(split_words(" ".join(shop.texts[row])))
     found = [bar(x, f"{x:.3f}", label=word, color="both" if word in own else "image",
                  note="in its text" if word in own else "")
@@ -567,10 +564,11 @@ def new_item_scene(
     title_emb = shop.once(title_encoder).encode([words])[0] if reads else None
     grown = grown_catalogue(catalogue, title_emb, row)
     model = deepcopy(shop.model).set_catalogue(grown)
-    scores = score_histories(model, list(shop.histories.values())[:shop.options.get("n_users", 200)])
+    names = list(shop.histories)[:shop.options.get("n_users", 200)]
+    scores = score_histories(model, [shop.histories[name] for name in names])
     V = scores.shape[1]
     ranks = rank_of_target(scores, torch.full((len(scores),), V - 1))
-    first, names = ranks.argsort(stable=True)[:5].tolist(), list(shop.histories)
+    first = ranks.argsort(stable=True)[:5].tolist()
     found = [bar(1 / ranks[n], f"rank {ranks[n]:.0f}", shop.histories[names[n]][-4:], names[n])
              for n in first]
     vectors = F.normalize(encode_catalogue(model).present.flatten(1), dim=1)
