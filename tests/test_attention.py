@@ -39,6 +39,8 @@ def test_a_history_is_a_strip_with_captions_and_bars():
     assert heights[1] < 0, "the axis points down, the bars up"
     bottom, top = ax.get_ylim()
     assert bottom > max(y for _, y, _ in bars(ax)) and top == 0, "nothing is clipped"
+    assert min(y + height for _, y, height in bars(ax)) >= 1 + .19 * 2, "the bars begin below two lines of captions"
+    assert ax.texts[-1].get_position()[1] > max(y for _, y, _ in bars(ax)), "numbers stand under the bars"
     assert not plot_history([RED], weights=[0.]).axes[0].patches[0].get_height()
 
 
