@@ -25,9 +25,10 @@ def _definitions(source):
 
 @lru_cache(maxsize=None)
 def page_functions(module):
-    "Run what a page imports and the functions that it defines without exporting them; `module` names the page."
+    "Run what a page imports and the functions that it defines without exporting them; its module, if it has one, names the page."
     page = next(PAGES.glob(f"*_{module}.ipynb"))
-    names = dict(vars(import_module(f"mmseqrec.{module}")))
+    has_module = (ROOT / "mmseqrec" / (module.replace(".", "/") + ".py")).exists()
+    names = dict(vars(import_module(f"mmseqrec.{module}"))) if has_module else {}
     for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] != "code" or re.match(r"#\|\s*(export|hide|eval|default_exp)", source): continue

@@ -65,6 +65,7 @@ def test_nearest_neighbours_equal_a_loop(block):
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     np.testing.assert_allclose(cosines, (unit[:, None] * unit[found]).sum(-1), **CLOSE)
     assert nearest_neighbours(9 * x, 40)[0].tolist() == slow_neighbours(x), "all others, whatever the length"
+    with pytest.raises(ValueError, match="41 vectors have 40 neighbours, not 41"): nearest_neighbours(x, 41)
     assert nearest_neighbours(np.ones((4, 2)), 3)[0].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]], "never itself"
 
 def test_alignment_and_uniformity_equal_loops():

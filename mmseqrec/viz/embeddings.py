@@ -40,7 +40,8 @@ def nearest_neighbours(
     k: int,  # how many
     block: int = 1024,  # compare so many points with all at a time
 ) -> tuple[np.ndarray, np.ndarray]:  # `[N, k]` indices, nearest first; `[N, k]` cosines
-    "Find the other points that are nearest by cosine."
+    "Find the other points that are nearest by cosine; `ValueError` if there are too few."
+    if k >= len(x): raise ValueError(f"{len(x)} vectors have {len(x) - 1} neighbours, not {k}")
     unit, found = _unit(x), []
     for start in range(0, len(unit), block):
         cosine = unit[start:start + block] @ unit.T
