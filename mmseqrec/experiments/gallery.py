@@ -57,7 +57,8 @@ def train_moment(
     checkpoint = lambda phase: Path(folder) / f"{name}-{phase}.safetensors"
     set_seed(derive_seed(0, "weights"))
     source, catalogue = None, data.catalogue_of(name)
-    if moment == "random": source = SYSTEMS[name].pretrain(catalogue, config).set_catalogue(catalogue)
+    if moment == "random":
+        source = SYSTEMS[name].pretrain(catalogue, config).set_catalogue(catalogue)
     model, *_ = _train(name, 0, data, replace(config, **epochs), checkpoint, progress, source, ())
     if moment == "random": fit_parts(model, data.store)
     return model.eval()
