@@ -1,6 +1,4 @@
 "Explorers: scenes against direct calls, driven by the widget's own events; twins and a real JupyterLab driven in a browser."
-import base64
-import gzip
 import json
 import os
 import re
@@ -53,7 +51,7 @@ def draw(rows): return [Image.new("RGB", (60, 40), (20 * row % 255, 90, 200)) if
 def row_of(token): return TOKENS.index(token) + 1
 
 
-OPTIONS = {"new_item": dict(text_encoder=Reader(), titles=["a red mug", EVIL]), "keyword": dict(vocabularies=WORDS, n_pictures=4),
+OPTIONS = {"new_item": dict(text_encoder=Reader(), titles=["a red mug", EVIL]), "keyword": dict(vocabularies=WORDS, n_pictures=2),
            "user": dict(n_users=2, added=[7]), "metric": dict(n_users=3)}
 LIVE = {"new_item": dict(text_encoder=Reader()), "keyword": dict(vocabularies=WORDS)}
 
@@ -284,12 +282,7 @@ def test_thumbnails(tmp_path):
 
 # Twins
 
-def table_of(path):
-    "Read the scenes of a twin: a list of choices with theirs."
-    page = Path(path).read_text(encoding="utf-8")
-    packed = re.search(r'id="scenes">([^<]*)<', page)[1]
-    table = json.loads(gzip.decompress(base64.b64decode(packed)))
-    return [(choice, table["scenes"][number]) for choice, number in table["choices"]]
+def table_of(path): return page_functions("viz.explorers").stored_scenes(path)
 
 
 @pytest.fixture(scope="module")
@@ -332,12 +325,17 @@ def alike(a, b):
     return a == b
 
 
+@pytest.fixture(scope="module")
+def gallery(): return page_functions("viz.explorers").open_gallery()
+
+
+@pytest.mark.xdist_group("gallery")
 @pytest.mark.parametrize("kind", KINDS)
-def test_stored_twins_are_not_stale(kind):
+def test_stored_twins_are_not_stale(kind, gallery):
     "A sample of choices, computed afresh from the stored models, gives what the file holds."
-    page, path = page_functions("viz.explorers"), artifact_path("explorers", f"{kind}.html")
+    path = artifact_path("explorers", f"{kind}.html")
     assert path.stat().st_size <= 700_000
-    explorer = page.gallery_explorer(page.open_gallery(), kind)
+    explorer = page_functions("viz.explorers").gallery_explorer(gallery, kind)
     shown = path.read_text(encoding="utf-8")
     for end in ("js", "css"): assert artifact_path("explorers", f"explorer.{end}").read_text(encoding="utf-8") in shown
     table = [(choice, scene) for choice, scene in table_of(path) if choice.get("method") != "umap"]
@@ -365,7 +363,7 @@ def browser():
 def visit(browser):
     "Open a file; complain at the end about errors, dialogues, and requests that leave it."
     page, wrong = browser.new_page(viewport={"width": 1280, "height": 800}), []
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(60_000)  # of a machine that does other things, too
     page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("dialog", lambda dialog: (wrong.append("a dialogue"), dialog.dismiss()))
@@ -450,11 +448,10 @@ def check_page(page, kind):
 
 @pytest.mark.xdist_group("browser")
 @pytest.mark.parametrize("kind", KINDS)
-def test_twins_in_a_browser(kind, twins, visit):
+def test_a_title_is_shown_and_never_run(kind, twins, visit):
     page = visit(twins[kind])
-    shown = page.locator(".mmx").inner_text()
-    check_page(page, kind)
-    if kind != "metric": assert EVIL in shown + page.locator(".mmx").inner_text(), "a title is shown, whatever it is"
+    if kind != "metric": assert EVIL in page.locator(".mmx").inner_text(), "a title is shown, whatever it is"
+    assert page.evaluate("document.scripts.length") == 3
 
 
 @pytest.mark.xdist_group("browser")
@@ -534,7 +531,6 @@ def test_an_explorer_in_a_real_jupyterlab(lab, browser):
     page.keyboard.press("Shift+Enter")
     page.wait_for_selector(".mmx .status", timeout=90_000)
     page.set_default_timeout(30_000)
-    assert "6 events" not in status(page) or status(page)
     first = changes(page, lambda: page.get_by_role("checkbox").first.click())
     n = page.get_by_role("checkbox").count()
     assert first.startswith(f"{n - 1} events.")
