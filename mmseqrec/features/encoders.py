@@ -13,6 +13,7 @@ __all__ = ['ENCODING_VERSION', 'PUBLISHED', 'mean_pooling', 'Catalogue', 'save_c
 # %% ../../nbs/21_features.encoders.ipynb #imports
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import threading
@@ -309,6 +310,9 @@ class TextEncoder(Encoder):
     ):
         self.tokenizer, self.pooling = tokenizer, pooling
         self.normalize, self.max_tokens = normalize, max_tokens
+        if "token_type_ids" not in inspect.signature(model.forward).parameters:
+            names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+            tokenizer.model_input_names = names  # some tokenizers make them for every network
         vocabulary = fingerprint(tokenizer.get_vocab(), list(tokenizer(_PROBE)["input_ids"]))
         settings = {"pooling": pooling, "normalize": normalize, "max_tokens": max_tokens}
         super().__init__(model, name, settings | {"vocabulary": vocabulary}, device)
