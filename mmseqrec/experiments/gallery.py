@@ -1,4 +1,4 @@
-"""One shop with its systems trained and stored, at several moments of their training: what the pictures of the next pages show.
+"""One shop with its systems trained and stored, at several moments of their training: what the figures of the next pages show.
 
 Docs: https://mmseqrec.github.io/mmseqrec/experiments.gallery.html.md"""
 
@@ -52,7 +52,7 @@ def train_moment(
 ) -> Recommender:  # in evaluation mode, with its catalogue
     "Train a system up to a moment, with seed 0."
     before, after = MOMENTS[moment]
-    epochs = dict(pretrain_epochs=before or config.pretrain_epochs,
+    epochs = dict(pretrain_epochs=before or config.pretrain_epochs,  # unused where there is a source
                   epochs=config.epochs if after is None else after)
     checkpoint = lambda phase: Path(folder) / f"{name}-{phase}.safetensors"
     set_seed(derive_seed(0, "weights"))

@@ -158,7 +158,7 @@ def plot_modality_gap(
     ax = _axes(ax, title, *names, figsize=(6.4, 3.6))
     pairs = points.reshape(2, -1, 2)
     ax.plot(*pairs[:, :n_lines].transpose(2, 0, 1), color=COLORS["neutral"], linewidth=.5, zorder=0)
-    for part, color, label in zip(pairs, ("text", "image"), ("texts", "pictures")):
+    for part, color, label in zip(pairs, ("text", "image"), ("texts", "images")):
         ax.scatter(*part.T, s=14, color=COLORS[color], label=label, linewidths=0)
     ax.set(xticks=[], yticks=[])
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
