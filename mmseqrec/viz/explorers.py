@@ -479,7 +479,7 @@ def map_points(
     points = umap_2d(x.numpy()) if method == "umap" else pca_2d(x.numpy())[0]
     points = (points - points.min(0)) / np.ptp(points, axis=0).clip(1e-9)
     near = (x @ x.T).fill_diagonal_(-torch.inf).topk(5).indices
-    return rows.tolist(), points.round(3), near.tolist()
+    return rows.tolist(), points.astype(float).round(3), near.tolist()
 
 # %% ../../nbs/72_viz.explorers.ipynb #map-scene
 _METHODS = [("pca", "PCA"), ("umap", "UMAP (takes seconds)")]
