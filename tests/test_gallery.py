@@ -59,6 +59,41 @@ def test_statistics_of_features_are_those_of_training_items_at_every_moment(data
     names = [name for name in first if name.endswith(("center", "spread"))]
     assert names and all(torch.equal(first[name], last[name]) for name in names)
 
+def test_items_are_measured_as_loops_measure_them(data, tmp_path):
+    model = g.train_moment("mp4sr_content", "random", data, SMALL, tmp_path, progress=False)
+    labels = {"parity": np.arange(data.store.n_items + 1) % 2}
+    found = g.measure_items(model, data, labels)
+    complete = [row for row in range(1, data.store.n_items + 1)
+                if not (data.catalogue.missing_text_mask[row] or data.catalogue.missing_image_mask[row])]
+    with torch.inference_mode(): vectors = model.encode_items().vectors.flatten(1).double().numpy()
+    unit = {row: vectors[row - 1] / np.linalg.norm(vectors[row - 1]) for row in complete}
+    shares, distances = [], []
+    for row in complete:
+        others = sorted((other for other in complete if other != row), key=lambda other: -unit[row] @ unit[other])[:10]
+        shares.append(np.mean([other % 2 == row % 2 for other in others]))
+        text, image = np.split(vectors[row - 1], 2)
+        distances.append(np.sum((text / np.linalg.norm(text) - image / np.linalg.norm(image)) ** 2))
+    assert found["parity"] == pytest.approx(np.mean(shares), abs=1e-3)
+    assert found["alignment"] == pytest.approx(np.mean(distances), abs=1e-4)
+    assert found["ndcg@10"] == evaluate(model, data.store, progress=False).metrics()["ndcg@10"]
+
+def test_a_training_is_followed_from_its_first_to_its_last_epoch(data, tmp_path):
+    labels = {"parity": np.arange(data.store.n_items + 1) % 2}
+    rows = g.follow_training("mp4sr_content", data, labels, SMALL, tmp_path / "a", progress=False)
+    assert [(row["before"], row["after"]) for row in rows] == [(0, 0), (1, 0), (1, 1), (1, 2)]
+    for row, moment in ((rows[0], "random"), (rows[1], "pretrained"), (rows[-1], "trained")):
+        model = g.train_moment("mp4sr_content", moment, data, SMALL, tmp_path / "b", progress=False)
+        assert g.measure_items(model, data, labels) == {name: row[name] for name in ("parity", "alignment", "uniformity", "ndcg@10")}
+
+def test_stored_curves_end_where_the_stored_weights_are(stored):
+    for name in g.WATCHED:
+        rows = stored.curves(name)
+        for row, moment in ((rows[0], "random"), (rows[1], "pretrain 1"), (rows[-1], "trained")):
+            assert row["ndcg@10"] == pytest.approx(stored.metrics()[name][moment]["ndcg@10"], abs=1.5e-3), (name, moment)
+        steps = [(row["before"], row["after"]) for row in rows]
+        n = max(before for before, _ in steps)
+        assert steps == [*((k, 0) for k in range(n + 1)), *((n, k) for k in range(1, len(rows) - n))]
+
 def test_stored_weights_rank_as_stored(stored):
     metrics = stored.metrics()
     assert set(metrics) == set(stored.systems) == set(g.GALLERY.systems)

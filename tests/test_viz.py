@@ -168,7 +168,7 @@ def test_plots_return_their_axes(tmp_path):
     shown = [place for place in spread_out(points, .05) if images[place] is not None]
     assert len(ax.artists) == len(shown) > 5 and ax.get_title() == "T"
     ax = plot_modality_gap(cloud(20), cloud(20, seed=1), n_lines=6, title="T")
-    assert len(ax.lines) == 6 and [t.get_text() for t in ax.get_legend().get_texts()] == ["texts", "pictures"]
+    assert len(ax.lines) == 6 and [t.get_text() for t in ax.get_legend().get_texts()] == ["texts", "images"]
     _, own = plt.subplots()
     for draw in (lambda: plot_map(points, ax=own), lambda: plot_picture_map(points, images, ax=own),
                  lambda: plot_modality_gap(cloud(9), cloud(9), ax=own)):

@@ -91,7 +91,7 @@ def follow_training(
     config: RunConfig,
     folder: str | Path,  # of checkpoints
     progress: bool = True,  # show progress bars
-) -> list[dict]:  # `"before"` and `"after"`: epochs of both phases; and what `measure_items` returns
+) -> list[dict]:  # `"before"`, `"after"`: epochs of both phases; and what `measure_items` returns
     "Measure a system after every epoch, with the weights that were the best so far."
     found, n = [], config.pretrain_epochs
     for before, after in [*((epoch, 0) for epoch in range(n + 1)),
