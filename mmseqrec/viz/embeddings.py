@@ -169,7 +169,7 @@ def alignment(
     x: np.ndarray,  # `[N, D]`
     y: np.ndarray,  # `[N, D]`, row n matches row n of `x`
 ) -> float:  # 0 (the same directions) to 4 (opposite ones)
-    "Measure how near matching pairs lie, at length one (Wang and Isola 2020, equation 2)."
+    "Measure how near matching pairs lie, at length one (Wang and Isola 2020)."
     return float(np.square(_unit(x) - _unit(y)).sum(1).mean())
 
 # %% ../../nbs/44_viz.embeddings.ipynb #uniformity
@@ -178,7 +178,7 @@ def uniformity(
     t: float = 2.0,  # how much near pairs count
     block: int = 1024,  # compare so many vectors with all at a time
 ) -> float:  # 0 (all the same) down to about `-2 * t` (evenly spread)
-    "Measure how evenly vectors spread, at length one (Wang and Isola 2020, equation 3)."
+    "Measure how evenly vectors spread, at length one (Wang and Isola 2020)."
     unit, n = _unit(x), len(x)
     kernel = lambda cosine: np.exp(2 * t * (cosine - 1)).sum()
     total = sum(kernel(unit[start:start + block] @ unit.T) for start in range(0, n, block))
@@ -201,5 +201,5 @@ def neighbour_agreement(
     k: int = 10,  # neighbours of each item
 ) -> float:  # 0 to 1; `k / (N - 1)` by chance
     "Measure the share of the k nearest neighbours by cosine that two spaces have in common."
-    both = zip(nearest_neighbours(x, k)[0], nearest_neighbours(y, k)[0])
-    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in both]))
+    a, b = (nearest_neighbours(space, k)[0] for space in (x, y))
+    return float((a[:, :, None] == b[:, None]).any(2).mean())
