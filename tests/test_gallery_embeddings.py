@@ -30,3 +30,22 @@ def test_maps_are_drawn_in_rows():
     assert [ax.get_ylabel() for ax in axes[:, 0]] == ["above", "below"]
     np.testing.assert_array_equal(axes[0, 1].collections[0].get_offsets(), points)
     plt.close("all")
+
+
+def test_stored_layouts_are_of_every_third_complete_item():
+    gallery = page.open_gallery()
+    masks = gallery.data.catalogue
+    complete = int((~(masks.missing_text_mask | masks.missing_image_mask)).sum())
+    found = page.load_file(page.artifact_path("gallery") / "layouts.safetensors")
+    assert set(found) == {"text", "image", "keywords", "adapted", "ID"}
+    for name, points in found.items():
+        assert points.shape == ((complete + 2) // 3, 2) and np.isfinite(points).all() and (points.std(0) > .5).all(), name
+
+
+def test_layouts_are_stored_as_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(page.mm, "umap_2d", lambda x: x[:, :2])
+    monkeypatch.setitem(page.lay_out.__globals__, "mm", page.mm)
+    x = np.random.default_rng(0).normal(size=(7, 4)) * 9
+    page.store_layouts({"one": x}, tmp_path / "layouts.safetensors")
+    unit = x[[0, 3, 6]] / np.linalg.norm(x[[0, 3, 6]], axis=1)[:, None]
+    np.testing.assert_allclose(page.load_file(tmp_path / "layouts.safetensors")["one"], unit[:, :2], atol=1e-3)
