@@ -1,0 +1,60 @@
+"""Parity with code that nobody here wrote: same weights, same scores, losses and gradients.
+
+`MMSEQREC_PEERS=FOLDER python -m pytest tests/parity` runs it, where FOLDER holds checkouts named UniSRec, MISSRec, MP4SR and
+MMSRec; RecBole 1.2.1, torchmetrics and ir-measures are installed packages. What is not there is skipped, and says so.
+`MMSEQREC_PARITY_OUT=FILE` writes the differences, for page 67.
+"""
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+LIMIT = 1e-6  # in 64 bits, relative to the largest number compared if that is above 1
+ROWS = []
+
+
+@pytest.fixture(autouse=True)
+def doubles():
+    "All of it in 64 bits."
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def peer():
+    "Give the folder of a checked-out peer, at the front of the path, or skip."
+    def find(name):
+        folder = Path(os.environ.get("MMSEQREC_PEERS", "")) / name
+        if not os.environ.get("MMSEQREC_PEERS") or not folder.is_dir():
+            pytest.skip(f"no checkout of {name}: set MMSEQREC_PEERS to the folder that holds it")
+        return folder
+    return find
+
+
+@pytest.fixture
+def compare(request):
+    """Compare ours with theirs, and keep the row: `compare(peer, system, what, ours, theirs, note="")`.
+
+    `differs=True` is for a difference that stays by choice: then it must be larger than the limit, and the note says why.
+    """
+    def check(peer, system, what, ours, theirs, note="", differs=False):
+        ours, theirs = (torch.as_tensor(x).detach().double() for x in (ours, theirs))
+        assert ours.shape == theirs.shape, (what, tuple(ours.shape), tuple(theirs.shape))
+        off = float((ours - theirs).abs().max()) / max(1., float(theirs.abs().max()))
+        ROWS.append({"peer": peer, "system": system, "what": what, "numbers": theirs.numel(), "difference": off,
+                     "by_choice": differs, "note": note})
+        assert (off > LIMIT) == differs, f"{peer}, {system}, {what}: {off:.2e}"
+        if differs: assert note, "say why it differs"
+    return check
+
+
+def pytest_sessionfinish():
+    "Write the rows, if a file was asked for."
+    out = os.environ.get("MMSEQREC_PARITY_OUT")
+    if out and ROWS: Path(out).write_text(json.dumps(sorted(ROWS, key=lambda r: (r["peer"], r["system"], r["what"])), indent=1) + "\n", encoding="utf-8")
