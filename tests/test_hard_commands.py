@@ -1,4 +1,5 @@
 "Files that people really have, beside the tables: histories, settings, features, images, encoders, terminals."
+import gzip
 import html.parser
 import json
 import os
@@ -65,6 +66,12 @@ def test_other_encodings_are_named_with_line_and_remedy(tmp_path, raw, line):
     for name, read in (("x.txt", read_text), ("x.json", read_json), ("x.txt", read_histories), ("x.jsonl", read_histories)):
         (tmp_path / name).write_bytes(raw)
         with pytest.raises(ValueError, match=f"{name}, line {line}: not UTF-8 text; save it again as UTF-8"): read(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [read_histories, read_json], ids=["histories", "JSON"])
+def test_a_packed_text_file_is_called_packed(tmp_path, read):
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b'[["a", "b"]]'))
+    with pytest.raises(ValueError, match="a.json.gz: compressed with gzip; gunzip it first"): read(tmp_path / "a.json.gz")
 
 def test_half_a_letter_survives_a_json_file(tmp_path):
     assert read_json(write_json(tmp_path / "x.json", ["\ud800é"])) == ["\ud800é"]
