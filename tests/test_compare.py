@@ -246,6 +246,7 @@ def test_stored_differences_agree_with_stored_runs(stored):
         found = result["users"][f"{first} - {second}"]["ndcg@10"]
         assert found["difference"] == pytest.approx(over_seeds["difference"], abs=2e-6) and found["low"] <= found["high"]
 
+@pytest.mark.drawn
 def test_a_tiny_grid_is_as_stored(tmp_path):
     "If this fails after a change, the stored grids are stale: raise result_version of the systems and compute them anew."
     kept = read_json(artifact_path("compare", "marketplace.json"))["result"]["tiny"]["runs"]

@@ -258,12 +258,13 @@ def test_stored_grids_are_of_their_trainings_and_of_todays_code(name):
         for metric, one in found.items(): assert one["low"] <= one["difference"] <= one["high"]
 
 
+@pytest.mark.drawn
 def test_a_tiny_grid_is_as_stored(tmp_path):
     kept = read_json(artifact_path("cross_domain", "kitchen.json"))["result"]["tiny"]
     live = run_transfers_tiny(tmp_path)
     assert [run["before"] for run in live] == [run["before"] for run in kept] == ["none", "own", "others"]
     for one, other in zip(live, kept):
-        for metric in ("ndcg@10", "recall@10"): assert one[metric] == pytest.approx(other[metric], abs=.02)
+        for metric in ("ndcg@10", "recall@10"): assert one[metric] == pytest.approx(other[metric], abs=.035)  # a hit more of 30
 
 
 def test_parts_train_everything_once_and_a_cut_store_keeps_what_is_there(tmp_path, laboratory, monkeypatch):

@@ -90,6 +90,7 @@ def test_stored_users_of_today_agree_with_their_runs(again):
         assert kept["ndcg@10"]["difference"] == pytest.approx(over_seeds["difference"], abs=2e-6)
 
 
+@pytest.mark.drawn
 def test_tiny_grid_is_as_stored(again, tmp_path):
     "If this fails after a change, the stored grid is stale: raise result_version of the systems and compute it anew."
     kept = {run["system"]: run for run in again["result"]["tiny"]["runs"]}
