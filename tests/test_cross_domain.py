@@ -19,6 +19,7 @@ from mmseqrec.models.baselines import transition_counts
 from mmseqrec.recommender import Recommender
 from mmseqrec.training import fit
 from pages import page_functions
+from small_shop import write_shop
 from small_world import build, make_store, same, weights
 
 SMALL = replace(tiny_config(BASE), n_users=70, n_items=40, epochs=1)
@@ -274,7 +275,7 @@ def test_parts_train_everything_once_and_a_cut_store_keeps_what_is_there(tmp_pat
     monkeypatch.setattr(cross, "run_transfers_tiny", lambda folder: [])
     def opened(folder, *_, **__):
         made = Laboratory.__new__(Laboratory)
-        made.__dict__ |= laboratory.__dict__ | {"folder": tmp_path}
+        made.__dict__ |= laboratory.__dict__ | {"folder": tmp_path, "models": tmp_path}
         return made
     monkeypatch.setattr(cross, "Laboratory", opened)
     train_transfers("kitchen", tmp_path, 1, 2, progress=False)
@@ -284,6 +285,20 @@ def test_parts_train_everything_once_and_a_cut_store_keeps_what_is_there(tmp_pat
     everything = store_transfers("kitchen", tmp_path, tmp_path / "all.json")["result"]
     assert len(everything["runs"]) == 5 and list(everything["users"]) == [jobs[-1].question]
     assert [(row["system"], row["seed"]) for row in everything["before"]] == [("unisrec", 0)]
+
+
+def test_a_real_shop_takes_the_weights_but_not_the_place_of_the_kitchen(tmp_path):
+    files = write_shop(tmp_path / "shop")
+    real = replace(SMALL, interactions=str(files["interactions"]), items=str(files["items"]), new_items=None, text_encoder="shipped", min_user=1, min_item=1)
+    here = Laboratory(tmp_path / "cross", SMALL, real, progress=False)
+    job = Transfer("unisrec", "others", 1.)
+    assert not here.is_finished(job)
+    result = here.train(job)
+    assert here.is_finished(job) and result.folder.is_relative_to(tmp_path / "cross" / "shop" / job.folder)
+    assert not any(token.startswith(TARGET) for token in here.target.interactions.item_tokens)
+    source, _ = here.source_of("unisrec", 0)
+    kitchen = Laboratory(tmp_path / "cross", SMALL, progress=False)
+    assert same(weights(source), weights(kitchen.source_of("unisrec", 0)[0])) and not kitchen.is_finished(job)
 
 
 # What the page says

@@ -22,7 +22,7 @@ from ..data.interactions import (TRAIN, VALID, Interactions, Split, leave_one_ou
                                         select_events)
 from ..data.sequences import SequenceStore
 from ..evaluation import Evaluation, evaluate, user_means
-from .compare import _is_finished, seed_first_jobs, tiny_config
+from .compare import COMPARISONS, _is_finished, seed_first_jobs, tiny_config
 from .run import (SYSTEMS, Result, RunData, ceiling, prepare_data, run_system,
                                       split_events)
 from ..metrics import bootstrap_interval
@@ -48,6 +48,7 @@ class ColdGrid:
 _WITHOUT_IDS = ("content_sasrec", "unisrec_scratch", "mmsrec_scratch", "missrec_scratch",
                 "mp4sr_content_scratch")
 _ONCE = ("mp4sr_scratch", "missrec")
+_REAL = ("popularity", "markov", "sasrec", *_WITHOUT_IDS[:4])
 _COLD = RunConfig(systems=("popularity", "markov", "sasrec", *_WITHOUT_IDS, *_ONCE),
                   seeds=(0, 1, 2), new_items=.1, pretrain_epochs=5, device="cpu")
 _WARM = replace(_COLD, new_items=0., systems=("markov", "sasrec", "content_sasrec",
@@ -55,12 +56,20 @@ _WARM = replace(_COLD, new_items=0., systems=("markov", "sasrec", "content_sasre
 
 def _draws(config, n=3): return tuple(replace(config, new_items_seed=draw) for draw in range(n))
 
+def _real(name, systems=_REAL):
+    "Settings of page 61 for a real shop, with new items."
+    return replace(COMPARISONS[name], new_items=.1, systems=systems)
+
 GRIDS = {
     "new": ColdGrid(_draws(_COLD), once=_ONCE),
     "warm-up": ColdGrid(tuple(replace(config, n_users=4000, n_items=2400, seeds=(draw,))
                               for draw, config in enumerate(_draws(_WARM))), quotas=True),
     "arrivals": ColdGrid((replace(_WARM, n_users=4000, n_items=2400, arrivals=.9,
-                                  split="global-time"),), once=_ONCE)}
+                                  split="global-time"),), once=_ONCE),
+    "scientific": ColdGrid(tuple(replace(config, seeds=(draw,)) for draw, config in
+                                 enumerate(_draws(_real("scientific"))))),
+    "ml1m": ColdGrid((_real("ml1m", tuple(n for n in _REAL if n != "mmsrec_scratch")),),
+                     once=("unisrec_scratch", "missrec_scratch"))}
 TINY = ColdGrid((tiny_config(_COLD, ("markov", "content_sasrec", "missrec_scratch")),))
 
 # %% ../../nbs/63_experiments.cold_start.ipynb #quota
@@ -249,7 +258,7 @@ def store_cold(
     jobs = [job for job in grid.jobs() if not cut or is_finished(*job)]
     def compute():
         results = [(draw, _train(draws[draw], job, draw, folder)) for draw, *job in jobs]
-        return {"systems": summarise_cold(draws, results, alone=name == "new"),
+        return {"systems": summarise_cold(draws, results, alone=name in ("new", *COMPARISONS)),
                 "runs": [{"draw": n, **_run_row(result, draws[n])} for n, result in results],
                 "statistics": [draw.data.statistics for draw in draws],
                 "n_new": [int((draw.quota[1:] == 0).sum()) for draw in draws],
@@ -257,4 +266,5 @@ def store_cold(
     return compute_or_load(path, compute, {
         "configs": [config.changes() for config in grid.configs],
         "jobs": [list(job) for job in jobs],
-        "result_versions": {job[1]: SYSTEMS[job[1]].result_version for job in jobs}})
+        "result_versions": {job[1]: SYSTEMS[job[1]].result_version for job in jobs},
+        **({"note": "input not redistributable; aggregates only"} if name in COMPARISONS else {})})
