@@ -59,4 +59,6 @@ def compare(request):
 def pytest_sessionfinish():
     "Write the rows, if a file was asked for."
     out = os.environ.get("MMSEQREC_PARITY_OUT")
-    if out and ROWS: Path(out).write_text(json.dumps(sorted(ROWS, key=lambda r: (r["peer"], r["system"], r["what"])), indent=1) + "\n", encoding="utf-8")
+    if not out or not ROWS: return
+    rows = sorted(ROWS, key=lambda r: (r["peer"], r["system"], r["what"]))
+    Path(out).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

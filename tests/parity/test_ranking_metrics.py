@@ -25,7 +25,8 @@ def of_torchmetrics():
     "Their functions for one query each, over all queries."
     found = pytest.importorskip("torchmetrics.functional.retrieval", reason="torchmetrics is not installed")
     functions = {"Recall": found.retrieval_recall, "Hit": found.retrieval_hit_rate, "NDCG": found.retrieval_normalized_dcg,
-                 "MRR": found.retrieval_reciprocal_rank, "Precision": found.retrieval_precision, "MAP": found.retrieval_average_precision}
+                 "MRR": found.retrieval_reciprocal_rank, "Precision": found.retrieval_precision,
+                 "MAP": found.retrieval_average_precision}
     def each(name, scores, target, k):
         relevant = torch.nn.functional.one_hot(target, N_ITEMS)
         return torch.stack([functions[name](s, r, top_k=k) for s, r in zip(scores, relevant)]).double()
@@ -73,9 +74,10 @@ def test_scores_below_zero(of_torchmetrics, compare):
     "Theirs takes a score of zero or less to mean that the item is not in the list."
     scores, target = queries()
     ours = metrics.recall_at_k(metrics.rank_of_target(scores - N_ITEMS, target), 10)
-    compare("torchmetrics", "metrics", "Recall@10, all scores below zero", ours, of_torchmetrics("Recall", scores - N_ITEMS, target, 10),
-            "theirs never counts an item whose score is not above zero", differs=True)
-    compare("torchmetrics", "metrics", "Recall@10, scores raised above zero there", ours, of_torchmetrics("Recall", scores, target, 10))
+    compare("torchmetrics", "metrics", "Recall@10, all scores below zero", ours,
+            of_torchmetrics("Recall", scores - N_ITEMS, target, 10), "theirs never counts an item whose score is not above zero", differs=True)
+    compare("torchmetrics", "metrics", "Recall@10, scores raised above zero there", ours,
+            of_torchmetrics("Recall", scores, target, 10))
 
 
 def test_ndcg_with_ties(of_torchmetrics, compare):

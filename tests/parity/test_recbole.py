@@ -17,8 +17,8 @@ pytestmark = pytest.mark.filterwarnings("default")  # of theirs
 SIZES = dict(hidden_size=16, n_layers=2, n_heads=2, inner_size=32)
 OURS = dict(**SIZES, max_len=MAX_LEN, dropout=0, attention_dropout=0)
 THEIRS = dict(**SIZES, MAX_ITEM_LIST_LENGTH=MAX_LEN, hidden_dropout_prob=0, attn_dropout_prob=0, hidden_act="gelu",
-              layer_norm_eps=1e-12, initializer_range=.02, loss_type="CE", device="cpu", ITEM_ID_FIELD="item_id", USER_ID_FIELD="user_id",
-              LIST_SUFFIX="_list", ITEM_LIST_LENGTH_FIELD="item_length", NEG_PREFIX="neg_")
+              layer_norm_eps=1e-12, initializer_range=.02, loss_type="CE", device="cpu", ITEM_ID_FIELD="item_id",
+              USER_ID_FIELD="user_id", LIST_SUFFIX="_list", ITEM_LIST_LENGTH_FIELD="item_length", NEG_PREFIX="neg_")
 PADDING = "their padding item, with its random vector, is a candidate"
 
 

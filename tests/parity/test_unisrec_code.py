@@ -47,7 +47,8 @@ def build(code, stage, lacking=(), **options):
     "Both systems with equal weights and features, and how the weights are paired."
     texts, shortened = features(0, lacking), features(1, lacking)
     ours = unisrec.UniSRec(TEXT_SIZE, V, **SIZES, dropout=0, attention_dropout=0, max_len=MAX_LEN, n_experts=N_EXPERTS,
-                           adapter_dropout=0, centred=False, transductive=stage == "transductive_ft", sequence_weight=.5, **options)
+                           adapter_dropout=0, centred=False, transductive=stage == "transductive_ft",
+                           sequence_weight=.5, **options)
     ours.set_catalogue(catalogue_from_arrays([f"item-{i}" for i in range(1, V + 1)], texts[1:], dropped_text_emb=shortened[1:]))
     config = dict(**SIZES, MAX_ITEM_LIST_LENGTH=MAX_LEN, hidden_dropout_prob=0, attn_dropout_prob=0, hidden_act="gelu",
                   layer_norm_eps=1e-12, initializer_range=.02, loss_type="CE", device="cpu", ITEM_ID_FIELD="item_id",
@@ -95,7 +96,8 @@ def test_items_without_text(code, compare):
     def check(what, *note, **more):
         scores = ours.score(ours.encode_sequence(batch), ours.encode_items())
         compare("UniSRec", "inductive_ft", what, scores, theirs.full_sort_predict(interaction(batch))[:, 1:], *note, **more)
-    check("scores where an item has no text", "an item without text is zero here; there the experts read a zero vector", differs=True)
+    check("scores where an item has no text",
+          "an item without text is zero here; there the experts read a zero vector", differs=True)
     read_zeros(ours)
     check("scores where an item has no text, read as zeros here")
 
@@ -155,7 +157,8 @@ def test_item_drop(code, compare, monkeypatch):
     def check(what, mask, *note, **more):
         mine = drop_items(batch, mask)
         assert torch.equal(mine.item_seq_len, lengths)
-        compare("UniSRec", "item drop", what, F.pad(mine.item_seq, (0, MAX_LEN - mine.item_seq.shape[1])), item_seq, *note, **more)
+        compare("UniSRec", "item drop", what, F.pad(mine.item_seq, (0, MAX_LEN - mine.item_seq.shape[1])), item_seq,
+                *note, **more)
     check("what stays of histories", drawn, "theirs leaves out the item before a drawn one: the last one always stays, the first "
           "need not", differs=True)
     check("what stays of histories, the item before a drawn one left out here", one_before(drawn))
