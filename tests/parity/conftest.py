@@ -5,6 +5,7 @@ MMSRec; RecBole 1.2.1, torchmetrics and ir-measures are installed packages. What
 `MMSEQREC_PARITY_OUT=FILE` writes the differences, for page 67.
 """
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def compare(request):
         off = float((ours - theirs).abs().max()) / max(1., float(theirs.abs().max()))
         ROWS.append({"peer": peer, "system": system, "what": what, "numbers": theirs.numel(), "difference": off,
                      "by_choice": differs, "note": note})
+        assert math.isfinite(off), f"{peer}, {system}, {what}: {off}"
         assert (off > LIMIT) == differs, f"{peer}, {system}, {what}: {off:.2e}"
         if differs: assert note, "say why it differs"
     return check
@@ -57,4 +59,6 @@ def compare(request):
 def pytest_sessionfinish():
     "Write the rows, if a file was asked for."
     out = os.environ.get("MMSEQREC_PARITY_OUT")
-    if out and ROWS: Path(out).write_text(json.dumps(sorted(ROWS, key=lambda r: (r["peer"], r["system"], r["what"])), indent=1) + "\n", encoding="utf-8")
+    if not out or not ROWS: return
+    rows = sorted(ROWS, key=lambda r: (r["peer"], r["system"], r["what"]))
+    Path(out).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
