@@ -142,7 +142,10 @@ def alike(contexts, released=False):
     return sum(each) / len(each)
 
 
-def widest(sets): return max(*map(len, sets), 1)
+def widest(p, histories, sets, released):
+    "Slots of the sets; the released code has one more in a history that is shorter than it may be."
+    longest = len(p["reader.inputs.position_emb.weight"])
+    return max(*(len(interests) + (released and len(h) < longest) for h, interests in zip(histories, sets)), 1)
 
 
 # Losses
@@ -150,7 +153,7 @@ def widest(sets): return max(*map(len, sets), 1)
 def finetuning(p, catalogue, histories, targets, tau=.07, fusion="add", candidate="shared", masked=True, released=False):
     "Cross-entropy over all items, and the likeness of interests."
     toks = tokens(p, catalogue, masked)
-    width = widest([interest_set(p, h) for h in histories])
+    width = widest(p, histories, [interest_set(p, h) for h in histories], released)
     users, contexts = zip(*(read_user(p, toks, h, fusion=fusion, width=width) for h in histories))
     losses = []
     for u, target in zip(users, targets):
@@ -171,7 +174,8 @@ def contrast(logits, targets, keep):
 def pretraining(p, catalogue, histories, disturbed, targets, tau=.07, keep=False, released=False, masked=True, fusion="add"):
     "The three terms; `disturbed` has for each history its tokens, item by item, and its set of interests."
     toks = tokens(p, catalogue, masked)
-    width, other_width = widest([interest_set(p, h) for h in histories]), widest([interests for _, interests in disturbed])
+    width = widest(p, histories, [interest_set(p, h) for h in histories], released)
+    other_width = widest(p, *zip(*disturbed), released)
     users, contexts = zip(*(read_user(p, toks, h, fusion=fusion, width=width) for h in histories))
     others, other_contexts = zip(*(sequence(p, h, interests, fusion, width=other_width) for h, interests in disturbed))
     own = [[score(p, u, j, toks) / tau for j in targets] for u in users]

@@ -401,6 +401,13 @@ def test_options_of_finetuning_equal_loops(options):
     assert number(model.finetune_loss(asking(REPEATED))) == pytest.approx({"loss": whole, **slow}, abs=1e-8, rel=1e-7)  # the released R counts in 32 bits
 
 
+def test_released_bias_of_what_is_missing_is_hidden_where_stacked():
+    model = shaken(released=("missing_bias",), fusion="stack")
+    adapters = model.items.adapters
+    assert adapters.missing_token_mask[1:].any().item() is False and adapters.missing_modality_mask[1:].any()
+    assert torch.equal(model.items.table(adapters())[1], adapters.missing_modality_mask.flatten())
+
+
 def test_windows_are_finetuned_as_prefixes():
     model, store = shaken(), make_store(40)
     found = [model.finetune_loss(batches[0])["loss"] for batches in (prefix_batches(store, TRAIN, 10_000, 10), position_batches(store, 10_000, 10))]

@@ -284,7 +284,7 @@ class InterestItems(nn.Module):
         ids: Tensor | None = None,  # `[N]`; all V+1 by default
     ) -> tuple[Tensor, Tensor]:  # `[N * M, D]` tokens, and `[N * M]` True where there is none
         "Lay tokens out as a table with one row for each item and modality."
-        missing = self.adapters.missing_token_mask
+        missing = self.adapters.missing_modality_mask
         return tokens.flatten(0, 1), (missing if ids is None else missing[ids]).flatten()
 
     def streams(
@@ -354,9 +354,11 @@ class InterestReader(nn.Module):
         piece_cost: int | None = None,  # see `length_chunks`
     ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor]]]:  # `[B, D]` of length 1; contexts and padding
         "Encode histories; also return the encoded interests `[b, Q, D]` of each piece, and a mask."
-        parts, kept = [], 0
+        parts, kept, sets = [], 0, view.interest_seq
+        is_short = view.batch.item_seq_len < self.inputs.max_len  # has padding in released sets
+        sets = F.pad(sets, (0, int((self.padded_sets & is_short & sets.all(1)).any())))
         for some, piece in _in_parts(self, table, view, piece_cost):
-            place, ids = view.place[some, :piece.item_seq.shape[1]], view.interest_seq[some]
+            place, ids = view.place[some, :piece.item_seq.shape[1]], sets[some]
             if not self.padded_sets: ids = ids[:, :max(int((ids > 0).sum(1).max()), 1)]
             laid = self.lay_out(table, missing_token_mask, place, piece, item_emb)
             kept += ids.numel() * table.shape[1]
@@ -465,7 +467,7 @@ def disturbed_view(
         changed = draw_word_drop(batch.item_pad_mask, word_drop)
         place[..., 0] = torch.where(changed, shortened, place[..., 0])
         fewer_words = adapters.adapt("text", adapters.dropped_text_features, ids)
-        missing = torch.cat([missing_token_mask, adapters.missing_token_mask[ids, 0]])
+        missing = torch.cat([missing_token_mask, adapters.missing_modality_mask[ids, 0]])
         return torch.cat([table, fewer_words]), missing, replace(view, place=place)
     short = drop_items(batch, draw_item_drop(batch.item_pad_mask, item_drop))
     view = view_histories(short, items.interests, ids)
