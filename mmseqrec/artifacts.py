@@ -133,9 +133,8 @@ def read_text(
     path: str | Path,  # a text file
 ) -> str:  # without a byte order mark; lines end in `"\n"`
     "Read text as any system writes it; a `ValueError` names file and line of what is not UTF-8."
-    data = Path(path).read_bytes()
+    data = Path(path).read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     if data[:2] == b"\x1f\x8b": raise ValueError(f"{path}: compressed with gzip; gunzip it first")
-    data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     bad = data.find(b"\0")
     try: text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error: bad = error.start

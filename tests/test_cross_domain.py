@@ -184,6 +184,7 @@ def test_pretraining_is_done_once(laboratory, monkeypatch):
 
 def test_what_a_result_depends_on(laboratory):
     given = laboratory.arguments(Transfer("unisrec", "others", .5))
+    del given["folder"]
     def mark(**changes): return result_fingerprint("unisrec", 0, **given | changes)
     other, _ = laboratory.source_of("unisrec", 1)
     marks = [mark(), mark(stays=()), mark(source=None, stays=()), mark(source=other)]

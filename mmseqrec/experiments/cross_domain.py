@@ -207,9 +207,10 @@ class Laboratory:
         return pretrain(system, seed, self.others, config, self.folder, self.progress)
 
     def arguments(self, job: Transfer) -> dict:
-        "Return what `run_system` takes beside system, seed and folder."
+        "Return what `run_system` takes beside system and seed."
         read = self.described if SYSTEMS[job.key].reads_keywords else self.data_of
-        given = dict(data=read(job.share, job.seed), config=settings_of(job, self.base))
+        given = dict(data=read(job.share, job.seed), config=settings_of(job, self.base),
+                     folder=self.models / job.folder)
         if job.before != "others": return given
         source, _ = self.source_of(job.system, job.seed)
         stays = statistics_of(source) if job.share and job.centred == TARGET else ()
@@ -217,13 +218,11 @@ class Laboratory:
 
     def train(self, job: Transfer) -> Result:
         "Train and rank, or read what is stored."
-        return run_system(job.key, job.seed, **self.arguments(job),
-                          folder=self.models / job.folder, progress=self.progress)
+        return run_system(job.key, job.seed, **self.arguments(job), progress=self.progress)
 
     def is_finished(self, job: Transfer) -> bool:
         "Look whether a training is stored."
-        return _is_finished((job.key, job.seed), **self.arguments(job),
-                            folder=self.models / job.folder)
+        return _is_finished((job.key, job.seed), **self.arguments(job))
 
 # %% ../../nbs/64_experiments.cross_domain.ipynb #grids
 def _grid(systems, befores, shares, **more):

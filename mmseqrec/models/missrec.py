@@ -356,7 +356,7 @@ class InterestReader(nn.Module):
         "Encode histories; also return the encoded interests `[b, Q, D]` of each piece, and a mask."
         parts, kept, sets = [], 0, view.interest_seq
         is_short = view.batch.item_seq_len < self.inputs.max_len  # has padding in released sets
-        sets = F.pad(sets, (0, int((self.padded_sets & is_short & sets.all(1)).any())))
+        sets = F.pad(sets, (0, int(self.padded_sets and bool((is_short & sets.all(1)).any()))))
         for some, piece in _in_parts(self, table, view, piece_cost):
             place, ids = view.place[some, :piece.item_seq.shape[1]], sets[some]
             if not self.padded_sets: ids = ids[:, :max(int((ids > 0).sum(1).max()), 1)]
