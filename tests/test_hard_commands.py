@@ -1,4 +1,5 @@
 "Files that people really have, beside the tables: histories, settings, features, images, encoders, terminals."
+import gc
 import gzip
 import html.parser
 import json
@@ -6,6 +7,7 @@ import os
 import subprocess
 import sys
 import unicodedata
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -66,6 +68,17 @@ def test_other_encodings_are_named_with_line_and_remedy(tmp_path, raw, line):
     for name, read in (("x.txt", read_text), ("x.json", read_json), ("x.txt", read_histories), ("x.jsonl", read_histories)):
         (tmp_path / name).write_bytes(raw)
         with pytest.raises(ValueError, match=f"{name}, line {line}: not UTF-8 text; save it again as UTF-8"): read(tmp_path / name)
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:40], lambda raw: raw[:2] + b"no archive", lambda raw: raw[:-30]])
+def test_a_damaged_archive_of_features_is_not_left_open(tmp_path, damage):
+    np.savez(tmp_path / "a.npz", np.ones((3, 2)))
+    (tmp_path / "a.npz").write_bytes(damage((tmp_path / "a.npz").read_bytes()))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match="a.npz"): _load_array(tmp_path / "a.npz")
+        gc.collect()
+    assert not seen
 
 
 @pytest.mark.parametrize("read", [read_histories, read_json], ids=["histories", "JSON"])

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import polars as pl
@@ -311,8 +312,10 @@ def _load_array(path):
     "Map an array of numbers from .npy, or the only one of .npz; `ValueError` names the file."
     if not Path(path).is_file(): raise FileNotFoundError(f"there is no file of features {path}")
     try:
+        with open(path, "rb") as file: is_archive = file.read(2) == b"PK"
+        if is_archive: ZipFile(path).close()  # np.load would leave a damaged one open
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(rows, np.ndarray):
+        if is_archive:
             with rows as archive: rows = [archive[name] for name in archive.files]
             if len(rows) == 1: rows = np.asarray(rows[0])
     except Exception: raise ValueError(_NO_ARRAY.format(path, _NOT_WHOLE)) from None
