@@ -104,7 +104,6 @@ def test_stored_rows_agree_with_the_stored_runs():
                 assert abs(found["value"] - np.mean([run[kind][metric] for run in runs])) < .02
 
 
-@pytest.mark.drawn
 def test_a_tiny_grid_is_as_stored(tmp_path):
     kept = read_json(artifact_path("cold_start", "new.json"))["result"]["tiny"]
     live = run_cold_tiny(tmp_path)

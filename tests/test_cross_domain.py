@@ -266,7 +266,7 @@ def test_a_tiny_grid_is_as_stored(tmp_path):
     live = run_transfers_tiny(tmp_path)
     assert [run["before"] for run in live] == [run["before"] for run in kept] == ["none", "own", "others"]
     for one, other in zip(live, kept):
-        for metric in ("ndcg@10", "recall@10"): assert one[metric] == pytest.approx(other[metric], abs=.035)  # a hit more of 30
+        for metric in ("ndcg@10", "recall@10"): assert one[metric] == pytest.approx(other[metric], abs=.02)
 
 
 def test_parts_train_everything_once_and_a_cut_store_keeps_what_is_there(tmp_path, laboratory, monkeypatch):
@@ -328,6 +328,24 @@ def test_cells_and_tables_choose_like_trainings():
     assert len(of_page.runs_of(runs, "unisrec", "others", .1, lr=.5)) == 3
     table = of_page.transfer_table(runs)
     assert table["a tenth, others"].to_list() == ["0.160 ± 0.010", "", "", ""]
+
+
+def test_the_learning_rate_is_chosen_by_validation_for_each_seed():
+    runs = [{**asdict(Transfer("unisrec", "none", .1, seed, lr)), "valid": [.1, valid], "ndcg@10": test}
+            for seed, lr, valid, test in ((0, 3e-4, .3, .1), (0, 1e-3, .2, .9), (1, 3e-4, .2, .8), (1, 3e-3, .4, .2))]
+    runs.append({**runs[0], "before": "others", "valid": [.9], "ndcg@10": 1.})
+    assert [(run["seed"], run["lr"], run["ndcg@10"]) for run in of_page.chosen(runs, "unisrec", "none")] == [(0, 3e-4, .1), (1, 3e-3, .2)]
+
+
+def test_modes_are_compared_seed_by_seed():
+    def rows(system, before, *values):
+        return [{**asdict(Transfer(system, before, 1., seed)), "ndcg@10": value} for seed, value in enumerate(values)]
+    runs = (rows("missrec", "none", .1, .2) + rows("missrec", "others", .1, .1) + rows("missrec_frozen", "others", .3, .4)
+            + rows("missrec_frozen", "own", .2, .2))
+    row = of_page.mode_row(runs, "missrec", 1.)
+    assert (row["all, none"], row["frozen, others"], row["frozen, own"], row["with IDs, others"]) == ("0.150 ± 0.071", "0.350 ± 0.071", "0.200 ± 0.000", "")
+    found = {name: text.partition(" ")[0] for name, text in of_page.mode_differences(runs, "missrec", 1.).items()}
+    assert found == {"frozen - none": "+0.2000", "frozen - all": "+0.2500", "with IDs - all": "", "frozen: others - own": "+0.1500"}
 
 
 def test_rows_of_page_61_become_transfers():

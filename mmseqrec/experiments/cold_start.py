@@ -22,7 +22,8 @@ from ..data.interactions import (TRAIN, VALID, Interactions, Split, leave_one_ou
                                         select_events)
 from ..data.sequences import SequenceStore
 from ..evaluation import Evaluation, evaluate, user_means
-from .compare import COMPARISONS, _is_finished, seed_first_jobs, tiny_config
+from .compare import (COMPARISONS, ONLY_NUMBERS, _is_finished, seed_first_jobs,
+                                          tiny_config)
 from .run import (SYSTEMS, Result, RunData, ceiling, prepare_data, run_system,
                                       split_events)
 from ..metrics import bootstrap_interval
@@ -267,4 +268,4 @@ def store_cold(
         "configs": [config.changes() for config in grid.configs],
         "jobs": [list(job) for job in jobs],
         "result_versions": {job[1]: SYSTEMS[job[1]].result_version for job in jobs},
-        **({"note": "input not redistributable; aggregates only"} if name in COMPARISONS else {})})
+        **({"note": ONLY_NUMBERS} if name in COMPARISONS else {})})

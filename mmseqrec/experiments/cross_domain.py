@@ -27,7 +27,7 @@ from ..data.interactions import (HISTORY, TEST, Split, check_disjoint,
 from ..data.sequences import SequenceStore, pad_gather
 from ..data.synthetic import make_marketplace
 from ..evaluation import Evaluation
-from .compare import COMPARISONS, _is_finished, tiny_config
+from .compare import COMPARISONS, ONLY_NUMBERS, _is_finished, tiny_config
 from .run import (SYSTEMS, Result, RunData, _rank_by, difference, prepare_data,
                                       run_system)
 from ..features.encoders import resolve_encoders
@@ -343,4 +343,4 @@ def store_transfers(
     return compute_or_load(path, compute, {
         "base": BASE.changes(), "jobs": [asdict(job) for job in jobs],
         "result_versions": {job.key: SYSTEMS[job.key].result_version for job in jobs},
-        **({"note": "input not redistributable; aggregates only"} if name in REAL else {})})
+        **({"note": ONLY_NUMBERS} if name in REAL else {})})

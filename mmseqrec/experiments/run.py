@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from zipfile import ZipFile
 
 import numpy as np
 import polars as pl
@@ -312,12 +311,10 @@ def _load_array(path):
     "Map an array of numbers from .npy, or the only one of .npz; `ValueError` names the file."
     if not Path(path).is_file(): raise FileNotFoundError(f"there is no file of features {path}")
     try:
-        with open(path, "rb") as file: is_archive = file.read(2) == b"PK"
-        if is_archive: ZipFile(path).close()  # np.load would leave a damaged one open
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        if is_archive:
-            with rows as archive: rows = [archive[name] for name in archive.files]
-            if len(rows) == 1: rows = np.asarray(rows[0])
+        with open(path, "rb") as file:  # NumPy would leave a damaged archive open
+            if file.peek(2)[:2] != b"PK": rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            else: rows = list(np.load(file, allow_pickle=False).values())
+        if isinstance(rows, list) and len(rows) == 1: rows = np.asarray(rows[0])
     except Exception: raise ValueError(_NO_ARRAY.format(path, _NOT_WHOLE)) from None
     if isinstance(rows, list): raise ValueError(_NO_ARRAY.format(path, f"{len(rows)} arrays"))
     if rows.dtype.kind in "fiub": return rows

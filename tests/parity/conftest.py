@@ -7,7 +7,6 @@ MMSRec; RecBole 1.2.1, torchmetrics, and ir-measures with pytrec-eval-terrier ar
 import math
 import os
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -15,8 +14,6 @@ import pytest
 import torch
 
 from mmseqrec.artifacts import provenance, write_json
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 LIMIT = 1e-6  # in 64 bits, relative to the largest number compared if that is above 1
 ROWS = []
@@ -33,7 +30,7 @@ def doubles():
 
 @pytest.fixture(scope="session")
 def peer():
-    "Give the folder of a checked-out peer, at the front of the path, or skip."
+    "Give the folder of a checked-out peer, or skip."
     def find(name):
         folder = Path(os.environ.get("MMSEQREC_PEERS", "")) / name
         if not os.environ.get("MMSEQREC_PEERS") or not folder.is_dir():

@@ -2,12 +2,17 @@
 
 A pair names some of our weights and some of theirs that hold the same numbers, one after the other."""
 import torch
+from theirs import gradients, one_scale
 
 from mmseqrec.data.sequences import collate, expand_prefixes
 
 V, MAX_LEN = 12, 10
 HISTORIES = [[6, 9, 2, 7, 7, 1], [8], [3, 8], [10, 3, 11, 12], [6, 6], [5, 4, 3, 2, 1, 12, 11, 10, 9, 8], [1, 2]]
 TARGETS = [9, 1, 9, 9, 8, 1, 4]  # some of them the same
+SIZES = dict(hidden_size=16, n_layers=2, n_heads=2, inner_size=32)
+THEIRS = dict(**SIZES, MAX_ITEM_LIST_LENGTH=MAX_LEN, hidden_dropout_prob=0, attn_dropout_prob=0, hidden_act="gelu",
+              layer_norm_eps=1e-12, initializer_range=.02, loss_type="CE", device="cpu", ITEM_ID_FIELD="item_id",
+              USER_ID_FIELD="user_id", LIST_SUFFIX="_list", ITEM_LIST_LENGTH_FIELD="item_length", NEG_PREFIX="neg_")
 
 
 def encoder_pairs(n_layers=2):
@@ -43,25 +48,16 @@ def give_equal_weights(ours, theirs, pairs):
         if getattr(part, "padding_idx", None) is not None: part.weight[part.padding_idx] = 0
 
 
-def gradients(model, loss, names_of_pairs):
-    "Return the gradients of a loss, all weights in a row, those of each pair over their largest number."
-    model.zero_grad()
-    loss.backward()
-    def read(name):
-        x = model.get_parameter(name)
-        return torch.zeros_like(x).flatten() if x.grad is None else x.grad.flatten()
-    return [torch.cat([read(name) for name in names]) for names in names_of_pairs]
-
-
 def compare_losses(compare, peer, system, what, ours, our_loss, theirs, their_loss, pairs):
     "Compare a loss and its gradients for every weight; those of a pair as shares of the largest of them."
     compare(peer, system, f"{what}: loss", our_loss, their_loss)
-    mine = gradients(ours, our_loss, [pair[0] for pair in pairs])
-    other = gradients(theirs, their_loss, [pair[1] for pair in pairs])
-    largest = [x.abs().max().clamp(min=1e-9) for x in other]
-    assert sum(float(x) > 1e-9 for x in largest) > len(pairs) / 2, "there are no gradients to compare"
-    shares = [torch.cat([x / most for x, most in zip(some, largest)]) for some in (mine, other)]
-    compare(peer, system, f"{what}: gradients of all weights", *shares)
+    mine, other = gradients(ours, our_loss), gradients(theirs, their_loss)
+    def of_pairs(found, model, side):
+        return {k: torch.cat([found.get(name, torch.zeros_like(model.get_parameter(name))).flatten() for name in pair[side]])
+                for k, pair in enumerate(pairs)}
+    mine, other = of_pairs(mine, ours, 0), of_pairs(other, theirs, 1)
+    assert sum(bool(x.any()) for x in other.values()) > len(pairs) / 2, "there are no gradients to compare"
+    compare(peer, system, f"{what}: gradients of all weights", *one_scale(mine, other))
 
 
 def rows(histories=HISTORIES, targets=TARGETS):
@@ -77,8 +73,3 @@ def windows():
     batch.positions = (~batch.item_pad_mask).flatten().nonzero()[:, 0]
     batch.pos_item = torch.randint(1, V + 1, batch.positions.shape, generator=torch.Generator().manual_seed(1))
     return batch, expand_prefixes(batch, batch.positions)
-
-
-def interaction(batch):
-    "Name a batch's fields as RecBole does."
-    return {"item_id_list": batch.item_seq, "item_length": batch.item_seq_len, "item_id": batch.pos_item}

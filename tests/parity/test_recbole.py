@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from recbole_weights import (HISTORIES, MAX_LEN, V, compare_losses, encoder_pairs, give_equal_weights, interaction, rows,
+from drivers.common import WithoutPadding
+from recbole_weights import (HISTORIES, MAX_LEN, SIZES, THEIRS, V, compare_losses, encoder_pairs, give_equal_weights, rows,
                              windows)
+from world import theirs_of
 
 import mmseqrec.models.baselines as baselines
 from mmseqrec.blocks.augment import append_mask, cloze
@@ -14,11 +16,7 @@ from mmseqrec.data.sequences import collate
 from mmseqrec.features.encoders import catalogue_from_arrays
 
 pytestmark = pytest.mark.filterwarnings("default")  # of theirs
-SIZES = dict(hidden_size=16, n_layers=2, n_heads=2, inner_size=32)
 OURS = dict(**SIZES, max_len=MAX_LEN, dropout=0, attention_dropout=0)
-THEIRS = dict(**SIZES, MAX_ITEM_LIST_LENGTH=MAX_LEN, hidden_dropout_prob=0, attn_dropout_prob=0, hidden_act="gelu",
-              layer_norm_eps=1e-12, initializer_range=.02, loss_type="CE", device="cpu", ITEM_ID_FIELD="item_id",
-              USER_ID_FIELD="user_id", LIST_SUFFIX="_list", ITEM_LIST_LENGTH_FIELD="item_length", NEG_PREFIX="neg_")
 PADDING = "their padding item, with its random vector, is a candidate"
 
 
@@ -71,11 +69,6 @@ CAUSAL = {"SASRec": sasrec, "GRU4Rec": gru4rec, "GRU4Rec, 2 layers": lambda recb
 each_causal = pytest.mark.parametrize("name", CAUSAL)
 
 
-class WithoutPadding(torch.nn.Module):
-    "Cross-entropy over the candidates but their padding item."
-    def forward(self, logits, item): return F.cross_entropy(logits[:, 1:], item - 1)
-
-
 @each_causal
 def test_vectors_and_scores(recbole, compare, name):
     ours, theirs, _ = CAUSAL[name](recbole)
@@ -85,7 +78,7 @@ def test_vectors_and_scores(recbole, compare, name):
     compare("RecBole", name, "sequence vectors", ours.encode_sequence(batch)[:, 0], known)
     with torch.no_grad():  # GRU4Rec reads ends another way then
         scores = ours.score(ours.encode_sequence(batch), ours.encode_items())
-        compare("RecBole", name, "scores of the catalogue", scores, theirs.full_sort_predict(interaction(batch))[:, 1:])
+        compare("RecBole", name, "scores of the catalogue", scores, theirs.full_sort_predict(theirs_of(batch))[:, 1:])
 
 
 @each_causal
@@ -93,12 +86,12 @@ def test_losses(recbole, compare, name):
     ours, theirs, pairs = CAUSAL[name](recbole)
     batch, (window, prefixes) = rows(), windows()
     loss = lambda some: ours(some)["loss"]
-    compare("RecBole", name, "fine-tuning as released: loss", loss(batch), theirs.calculate_loss(interaction(batch)),
+    compare("RecBole", name, "fine-tuning as released: loss", loss(batch), theirs.calculate_loss(theirs_of(batch)),
             PADDING, differs=True)
     theirs.loss_fct = WithoutPadding()
     for what, mine, other in (("a row a question", batch, batch), ("a window, its prefixes there", window, prefixes)):
         compare_losses(compare, "RecBole", name, f"fine-tuning, {what}", ours, loss(mine), theirs,
-                       theirs.calculate_loss(interaction(other)), pairs)
+                       theirs.calculate_loss(theirs_of(other)), pairs)
 
 
 def padded(batch, n_more=0):
@@ -169,7 +162,7 @@ def test_bert4rec_rows(recbole, compare):
     for ft_ratio in (0, 1):
         config = Config(THEIRS, mask_ratio=.5, MAX_ITEM_LIST_LENGTH=MAX_LEN)
         config.ft_ratio = config["ft_ratio"] = ft_ratio
-        made = MaskItemSequence(config)(dataset, Interaction(interaction(batch)))
+        made = MaskItemSequence(config)(dataset, Interaction(theirs_of(batch)))
         shown = made["Mask_item_id_list"]
         assert ((shown == batch.item_seq) | (shown == V + 1)).all() and (shown.count_nonzero(1) == batch.item_seq_len).all()
         if ft_ratio: assert (shown.flatten()[batch.query_index()] == V + 1).all(), "the last item of the history is hidden"

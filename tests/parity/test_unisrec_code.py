@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from recbole_weights import (HISTORIES, MAX_LEN, V, compare_losses, encoder_pairs, give_equal_weights, interaction, rows,
-                             windows)
+from drivers.common import WithoutPadding
+from recbole_weights import HISTORIES, MAX_LEN, SIZES, THEIRS, V, compare_losses, encoder_pairs, give_equal_weights, rows, windows
+from theirs import one_before
+from world import theirs_of
 
 import mmseqrec.models.unisrec as unisrec
 from mmseqrec.blocks.augment import drop_items
@@ -15,7 +17,6 @@ from mmseqrec.features.encoders import catalogue_from_arrays
 
 pytestmark = pytest.mark.filterwarnings("default")  # of theirs
 TEXT_SIZE, N_EXPERTS, NO_TEXT = 6, 3, 4
-SIZES = dict(hidden_size=16, n_layers=2, n_heads=2, inner_size=32)
 DROP = .4
 each_stage = pytest.mark.parametrize("stage", ["inductive_ft", "transductive_ft"])
 each_noise = pytest.mark.parametrize("noisy", [False, True], ids=["quiet", "noisy"])
@@ -50,11 +51,8 @@ def build(code, stage, lacking=(), **options):
                            adapter_dropout=0, centred=False, transductive=stage == "transductive_ft",
                            sequence_weight=.5, **options)
     ours.set_catalogue(catalogue_from_arrays([f"item-{i}" for i in range(1, V + 1)], texts[1:], dropped_text_emb=shortened[1:]))
-    config = dict(**SIZES, MAX_ITEM_LIST_LENGTH=MAX_LEN, hidden_dropout_prob=0, attn_dropout_prob=0, hidden_act="gelu",
-                  layer_norm_eps=1e-12, initializer_range=.02, loss_type="CE", device="cpu", ITEM_ID_FIELD="item_id",
-                  USER_ID_FIELD="user_id", LIST_SUFFIX="_list", ITEM_LIST_LENGTH_FIELD="item_length", NEG_PREFIX="neg_",
-                  train_stage=stage, temperature=.07, n_exps=N_EXPERTS, adaptor_layers=[TEXT_SIZE, 16], adaptor_dropout_prob=0,
-                  item_drop_ratio=DROP, item_drop_coefficient=.9) | {"lambda": .5}
+    config = THEIRS | dict(train_stage=stage, temperature=.07, n_exps=N_EXPERTS, adaptor_layers=[TEXT_SIZE, 16],
+                           adaptor_dropout_prob=0, item_drop_ratio=DROP, item_drop_coefficient=.9) | {"lambda": .5}
     data = SimpleNamespace(num=lambda field: V + 1, plm_embedding=table(texts), plm_embedding_aug=table(shortened))
     theirs = code.model.UniSRec(config, data)
     experts = [f"moe_adaptor.experts.{i}" for i in range(N_EXPERTS)]
@@ -66,11 +64,6 @@ def build(code, stage, lacking=(), **options):
     if ours.item_emb is not None: pairs += [(["item_emb.weight"], ["item_embedding.weight"])]
     give_equal_weights(ours, theirs, pairs)
     return SimpleNamespace(ours=ours, theirs=theirs, pairs=pairs, data=data, config=config)
-
-
-class WithoutPadding(torch.nn.Module):
-    "Cross-entropy over the candidates but their padding item."
-    def forward(self, logits, item): return F.cross_entropy(logits[:, 1:], item - 1)
 
 
 def read_zeros(ours):
@@ -87,7 +80,7 @@ def test_vectors_and_scores(code, compare, stage):
     sequence = F.normalize(theirs(batch.item_seq, inputs[batch.item_seq], batch.item_seq_len), dim=1)
     compare("UniSRec", stage, "sequence vectors", ours.encode_sequence(batch)[:, 0], sequence)
     scores = ours.score(ours.encode_sequence(batch), ours.encode_items())
-    compare("UniSRec", stage, "scores of the catalogue", scores, theirs.full_sort_predict(interaction(batch))[:, 1:])
+    compare("UniSRec", stage, "scores of the catalogue", scores, theirs.full_sort_predict(theirs_of(batch))[:, 1:])
 
 
 def test_items_without_text(code, compare):
@@ -95,7 +88,7 @@ def test_items_without_text(code, compare):
     ours, theirs = both.ours.eval(), both.theirs.eval()
     def check(what, *note, **more):
         scores = ours.score(ours.encode_sequence(batch), ours.encode_items())
-        compare("UniSRec", "inductive_ft", what, scores, theirs.full_sort_predict(interaction(batch))[:, 1:], *note, **more)
+        compare("UniSRec", "inductive_ft", what, scores, theirs.full_sort_predict(theirs_of(batch))[:, 1:], *note, **more)
     check("scores where an item has no text",
           "an item without text is zero here; there the experts read a zero vector", differs=True)
     read_zeros(ours)
@@ -119,12 +112,12 @@ def test_finetuning(code, compare, stage):
     both = build(code, stage, noisy_gate=False)
     loss = lambda batch: both.ours(batch)["loss"]
     batch, (window, prefixes) = rows(), windows()
-    compare("UniSRec", stage, "fine-tuning as released: loss", loss(batch), both.theirs.calculate_loss(interaction(batch)),
+    compare("UniSRec", stage, "fine-tuning as released: loss", loss(batch), both.theirs.calculate_loss(theirs_of(batch)),
             "their padding item is a candidate", differs=True)
     both.theirs.loss_fct = WithoutPadding()
     for what, mine, other in (("a row a question", batch, batch), ("a window, its prefixes there", window, prefixes)):
         compare_losses(compare, "UniSRec", stage, f"fine-tuning, {what}", both.ours, loss(mine), both.theirs,
-                       both.theirs.calculate_loss(interaction(other)), both.pairs)
+                       both.theirs.calculate_loss(theirs_of(other)), both.pairs)
 
 
 def draws(batch):
@@ -133,18 +126,13 @@ def draws(batch):
     return drawn & ~batch.item_pad_mask & (torch.arange(drawn.shape[1]) > 0)
 
 
-def one_before(drop):
-    "Leave out the item before each drawn one instead, as colliding indices do on a CPU."
-    return torch.cat([drop[:, 1:], torch.zeros_like(drop[:, :1])], 1)
-
-
 def disturbed(both, code, monkeypatch, batch, drawn, words):
     "Their fields of a batch under their own disturbance, with given draws."
     from recbole.data.interaction import Interaction
     with monkeypatch.context() as patch:
         patch.setattr(torch, "bernoulli", lambda share: (~drawn).double())
         patch.setattr(code.transform.random, "random", lambda: float(words))
-        return code.transform.PLMEmb(both.config)(both.data, Interaction(interaction(batch)))
+        return code.transform.PLMEmb(both.config)(both.data, Interaction(theirs_of(batch)))
 
 
 def test_item_drop(code, compare, monkeypatch):

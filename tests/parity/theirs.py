@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
+from drivers.common import gradients  # noqa: F401, of either side
 
 DRIVERS = Path(__file__).parent / "drivers"
 
@@ -30,13 +31,6 @@ def randomise(model, std=.3, seed=0):
     return model
 
 
-def gradients(model, loss):
-    "Return the gradient of every weight that has one, by name."
-    model.zero_grad()
-    loss.backward()
-    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-
-
 def one_scale(ours, theirs):
     "Put gradients by name into two flat tensors; each weight's largest counts as 1, so that small ones are compared too."
     assert set(ours) == set(theirs), set(ours) ^ set(theirs)
@@ -53,6 +47,9 @@ def meant(batch, kept):
     return drop
 
 
-def as_released(batch, kept):
-    "The items that the released code drops in fact: those before a dropped one."
-    return F.pad(meant(batch, kept)[:, 1:], (0, 1))
+def one_before(drop):
+    "The items before those that are meant: these are lost in the released code, where indices collide, on a CPU."
+    return F.pad(drop[:, 1:], (0, 1))
+
+
+def as_released(batch, kept): return one_before(meant(batch, kept))
