@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+LINK = r"\]\((?:\d\d_)?([\w.]+)\.ipynb(?=[)#])"  # a link from a page to another
 
 
 def notebook_to_markdown(page, links):
@@ -18,13 +19,14 @@ def notebook_to_markdown(page, links):
     for cell in json.loads(Path(page).read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(re.sub(r"\]\((?:\d\d_)?([\w.]+)\.ipynb(?=[)#])", links, source))
+            parts.append(re.sub(LINK, links, source))
         elif not re.match(r"#\|\s*(hide|default_exp)\b", source):
             parts.append(f"```python\n{source}\n```")
             for output in cell["outputs"]:
                 data = output.get("data", {})
                 text = "".join(output.get("text") or data.get("text/plain", ""))
-                if text and "image/png" not in data: parts.append(f"```text\n{text.rstrip()}\n```")
+                if "text/markdown" in data: parts.append(re.sub(LINK, links, "".join(data["text/markdown"])))
+                elif text and "image/png" not in data: parts.append(f"```text\n{text.rstrip()}\n```")
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
