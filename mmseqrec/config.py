@@ -20,6 +20,8 @@ SYSTEM_TITLES = {
     "popularity": "Popularity",
     "markov": "First-order Markov",
     "sasrec": "SASRec over IDs",
+    "sasrec_sampled": "SASRec, sampled softmax",
+    "sasrec_gbce": "SASRec, gBCE",
     "gru4rec": "GRU4Rec",
     "bert4rec": "BERT4Rec",
     "content_sasrec": "SASRec over content",

@@ -63,6 +63,10 @@ SYSTEMS = {
     "missrec": lambda **options: with_interests(transductive=True, **options),
     "content_missrec": lambda **options: with_interests(**options),
 }
+VARIANTS = {  # keep the contract, too: another loss of a system above
+    "sasrec_sampled": lambda **options: SASRec(**SIZES | dict(loss="sampled_softmax", n_negatives=6) | options),
+    "sasrec_gbce": lambda **options: SASRec(**SIZES | dict(loss="gbce", n_negatives=6) | options),
+}
 COUNTING = ("popularity", "markov")  # have no weights
 WITHOUT_ATTENTION = (*COUNTING, "gru4rec")
 CLOZE = ("bert4rec", "content_mmsrec")  # are asked behind a [MASK], and show its attention as well
@@ -101,7 +105,7 @@ def ring_store(n_users=16, length=7, n_items=V):
 def build(name, catalogue=None, store=None, seed=0, counted=True, **options):
     "Build a system with seeded weights and a catalogue; counting ones have counted `store`."
     set_seed(seed)
-    model = SYSTEMS[name](**options).set_catalogue(make_catalogue() if catalogue is None else catalogue)
+    model = (SYSTEMS | VARIANTS)[name](**options).set_catalogue(make_catalogue() if catalogue is None else catalogue)
     if name in COUNTING and counted:
         model.start_epoch(make_store(n_items=model.catalogue.n_items) if store is None else store, 0)
     return model.eval()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from mmseqrec.blocks.augment import cloze
 from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TEST, TRAIN
+from mmseqrec.blocks.losses import draw_negatives
 from mmseqrec.blocks.towers import IDEmbedding
 from mmseqrec.data.sequences import SequenceStore, collate, position_batches, prefix_batches
 from mmseqrec.evaluation import evaluate
@@ -16,7 +17,7 @@ from mmseqrec.models import baselines
 from mmseqrec.models.baselines import (BERT4Rec, ContentSASRec, GRU4Rec, GRUEncoder,
                                        Markov, Popularity, SASRec, transition_counts)
 from mmseqrec.training import fit
-from small_world import IMAGE_SIZE, NOTHING, SIZES, TEXT_SIZE, V, build, make_catalogue, make_store, weights
+from small_world import IMAGE_SIZE, NOTHING, SIZES, TEXT_SIZE, V, build, make_catalogue, make_store, ring_store, weights
 
 CLOSE = dict(rtol=0, atol=1e-9)
 
@@ -283,6 +284,75 @@ def test_what_systems_share():
     for kind in (GRU4Rec, SASRec, BERT4Rec): assert isinstance(kind().item_emb, IDEmbedding)
     for kind in (GRU4Rec, SASRec, ContentSASRec): assert kind.causal
     assert not BERT4Rec.causal
+
+
+# SASRec against drawn items
+
+def slow_sampled_loss(model, batch, ids, known):
+    "Target by target: its history, its group's items, and the two losses in their first form."
+    total, n = 0., model.n_negatives
+    rows = -(-len(batch.pos_item) // len(ids))
+    for t, (flat, target) in enumerate(zip(batch.positions.tolist(), batch.pos_item.tolist())):
+        b, column = divmod(flat, batch.item_seq.shape[1])
+        history = batch.item_seq[b, :column + 1]
+        u = model.encoder(model.item_emb.weight[history][None], torch.zeros(1, column + 1, dtype=torch.bool))[0, -1]
+        logit = lambda item: u @ model.item_emb.weight[item] / model.temperature
+        others = [logit(item) for item in ids[t // rows].tolist() if item != target]
+        if model.loss == "gbce":
+            alpha = n / (known - 1)
+            beta = alpha * (model.calibration * (1 - 1 / alpha) + 1 / alpha)
+            terms = [beta * logit(target).sigmoid().log(), *((1 - z.sigmoid()).log() for z in others)]
+            total -= sum(terms) / (n + 1)
+        else:
+            weight = known / n if model.logq else 1
+            total -= (logit(target).exp() / (logit(target).exp() + sum(weight * z.exp() for z in others))).log()
+    return total / len(batch.pos_item)
+
+
+@pytest.mark.parametrize("untrained", [0, 4])
+@pytest.mark.parametrize("options", [{}, dict(logq=False, temperature=.3), dict(n_negatives=1)])
+@pytest.mark.parametrize("name", ["sasrec_sampled", "sasrec_gbce"])
+def test_loss_against_drawn_items_target_by_target(name, options, untrained):
+    model = build(name, dropout=0., attention_dropout=0., **options).double().train()
+    torch.nn.init.normal_(model.item_emb.weight, std=.3)
+    batch = position_batches(make_store(), 30, 10)[0]
+    if untrained: model.known_items = torch.arange(1, V + 1 - untrained)
+    set_seed(3)
+    ids, _, known = draw_negatives(batch.pos_item, V, model.n_negatives, model.known_items)
+    assert known == V - untrained and len(ids) > 1
+    set_seed(3)
+    found = model.finetune_loss(batch)["loss"]
+    slow = slow_sampled_loss(model, batch, ids, known)
+    torch.testing.assert_close(found, slow, **CLOSE)
+    weights = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(found, weights), torch.autograd.grad(slow, weights)): torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_only_a_loss_against_drawn_items_draws():
+    batch = position_batches(make_store(), 30, 10)[0]
+    for loss, training in (("softmax", True), ("softmax", False), ("sampled_softmax", False), ("gbce", False)):
+        model, twin = (SASRec(**SIZES, dropout=0., attention_dropout=0., **how) for how in (dict(loss=loss), {}))
+        for each in (model, twin): each.set_catalogue(make_catalogue())
+        twin.load_state_dict(model.state_dict())
+        before = torch.get_rng_state()
+        found = model.train(training).finetune_loss(batch)["loss"]
+        assert torch.equal(before, torch.get_rng_state())
+        assert torch.equal(found, twin.train(training).finetune_loss(batch)["loss"]), "the default is the full softmax"
+    model.train().finetune_loss(batch)
+    assert not torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["sasrec_sampled", "sasrec_gbce"])
+def test_what_can_be_learned_is_learned_against_drawn_items(name):
+    model = build(name, make_catalogue(whole=True), dropout=0., attention_dropout=0.)
+    fit(model, ring_store(), epochs=60, batch_size=32, lr=.01, patience=60, device="cpu", progress=False)
+    assert evaluate(model, ring_store()).metrics(ks=(1,))["recall@1"] == 1
+
+
+def test_losses_of_sasrec_have_names():
+    with pytest.raises(ValueError, match="loss 'bpr' is none of .*softmax.*sampled_softmax.*gbce"): SASRec(loss="bpr")
+    model = build("sasrec_gbce", n_negatives=0).train()
+    with pytest.raises(ValueError, match="n_negatives 0: both must be at least 1"): model.finetune_loss(position_batches(make_store(), 30, 10)[0])
 
 
 # BERT4Rec

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmseqrec.blocks.losses import (dot_score, full_softmax_cross_entropy, info_nce, interest_diversity, items_of_step,
-                             same_target_mask)
+from mmseqrec.blocks.losses import (dot_score, draw_negatives, full_softmax_cross_entropy, gbce, grouped_scores, info_nce,
+                             interest_diversity, items_of_step, same_target_mask, sampled_softmax)
+from mmseqrec.core import set_seed
 
 CLOSE = dict(rtol=0, atol=1e-9)
 
@@ -284,6 +285,157 @@ def test_same_target_mask_equals_loops():
     assert found.dtype == torch.bool and found.tolist() == slow and found.sum() == 6 + 2
     assert not same_target_mask(torch.arange(4)).any()
     assert torch.equal(same_target_mask(torch.full((3,), 7)), ~torch.eye(3, dtype=torch.bool))
+
+
+# Sampled softmax and gBCE
+
+def sample(T=5, n=7, seed=0):
+    "Logits, which negatives are the right item, and the log of how often each is expected."
+    generator = torch.Generator().manual_seed(seed)
+    positive, negatives = (2 * torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((T,), (T, n)))
+    log_q = torch.randn(n, generator=generator, dtype=torch.float64)
+    return positive, negatives, torch.rand(T, n, generator=generator) < .3, log_q
+
+
+def slow_sampled_softmax(positive, negatives, is_right, log_q):
+    "The formula, exponential by exponential."
+    total = 0.
+    for t in range(len(positive)):
+        above = below = math.exp(positive[t])
+        for j in range(negatives.shape[1]):
+            if not is_right[t, j]: below += math.exp(negatives[t, j]) / math.exp(log_q[j])
+        total -= math.log(above / below)
+    return total / len(positive)
+
+
+def slow_gbce(positive, negatives, is_right, n_items, t):
+    "The formula with probabilities and a power."
+    n, total = negatives.shape[1], 0.
+    alpha = n / (n_items - 1)
+    beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
+    sigmoid = lambda z: 1 / (1 + math.exp(-z))
+    for row in range(len(positive)):
+        total += math.log(sigmoid(positive[row]) ** beta)
+        total += sum(math.log(1 - sigmoid(negatives[row, j])) for j in range(n) if not is_right[row, j])
+    return -total / (n + 1) / len(positive)
+
+
+def test_sampled_softmax_equals_loops():
+    positive, negatives, is_right, log_q = sample()
+    assert is_right.any() and not is_right.all(1).any()
+    found = sampled_softmax(positive, negatives, is_right, log_q)
+    assert found.ndim == 0 and found.dtype == torch.float64
+    assert found.item() == pytest.approx(slow_sampled_softmax(positive, negatives, is_right, log_q), abs=1e-12)
+    nothing, none = torch.zeros(7), torch.zeros(5, 7, dtype=torch.bool)
+    assert sampled_softmax(positive, negatives).item() == pytest.approx(
+        slow_sampled_softmax(positive, negatives, none, nothing), abs=1e-12)
+    assert torch.equal(sampled_softmax(positive, negatives, log_q=log_q), sampled_softmax(positive, negatives, log_q=log_q.expand(5, 7)))
+
+
+@pytest.mark.parametrize("t", [0., .4, .75, 1.])
+def test_gbce_equals_loops(t):
+    positive, negatives, is_right, _ = sample()
+    found = gbce(positive, negatives, 60, t, is_right)
+    assert found.ndim == 0 and found.dtype == torch.float64
+    assert found.item() == pytest.approx(slow_gbce(positive, negatives, is_right, 60, t), abs=1e-12)
+    for n_items in (3, 8):  # more are drawn than there are others, and as many
+        assert gbce(positive, negatives, n_items, t, is_right).item() == pytest.approx(
+            slow_gbce(positive, negatives, is_right, n_items, t), abs=1e-12)
+
+
+def test_gbce_without_calibration_is_binary_cross_entropy():
+    positive, negatives, _, _ = sample()
+    logits = torch.cat([positive[:, None], negatives], 1)
+    labels = F.one_hot(torch.zeros(5, dtype=torch.long), 8).double()
+    for n_items in (8, 100, 10**6):
+        torch.testing.assert_close(gbce(positive, negatives, n_items, 0.), F.binary_cross_entropy_with_logits(logits, labels), **CLOSE)
+
+
+def test_gradients_against_a_sample():
+    positive, negatives, is_right, log_q = sample()
+    inputs = positive.requires_grad_(), negatives.requires_grad_()
+    for loss in (lambda u, v: sampled_softmax(u, v, is_right, log_q), lambda u, v: gbce(u, v, 60, .75, is_right)):
+        assert torch.autograd.gradcheck(loss, inputs)
+        of_positive, of_negatives = torch.autograd.grad(loss(*inputs), inputs)
+        assert (of_positive < 0).all() and (of_negatives[~is_right] > 0).all() and not of_negatives[is_right].any()
+
+
+def test_sampled_softmax_of_everything_is_the_softmax():
+    logits, target = torch.randn(6, 9, dtype=torch.float64), torch.tensor([0, 8, 3, 3, 1, 5])
+    right, is_right = logits[torch.arange(6), target], F.one_hot(target, 9).bool()
+    torch.testing.assert_close(sampled_softmax(right, logits, is_right), F.cross_entropy(logits, target), **CLOSE)
+
+
+def test_the_correction_makes_the_expected_sum_that_of_the_catalogue():
+    "All samples of two among four items, each with its probability; item 1 is right, in a second count it may be drawn."
+    z, q = torch.tensor([.3, -1., 2., .5], dtype=torch.float64), torch.tensor([.1, .4, .3, .2], dtype=torch.float64)
+    drawn = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    share = q[drawn].prod(1)
+    for is_right, others in ((None, z.exp().sum()), (drawn == 1, z[[0, 2, 3]].exp().sum())):
+        losses = torch.stack([sampled_softmax(z[1:2], z[pair][None], None if is_right is None else is_right[row:row + 1],
+                                              (2 * q[pair]).log()[None]) for row, pair in enumerate(drawn)])
+        sums = (losses + z[1]).exp() - z[1].exp()
+        assert (share * sums).sum().item() == pytest.approx(others.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_calibrated_gbce_is_least_at_the_true_probabilities(n):
+    "Every right item with its probability beside every sample of others: the gradient vanishes at t = 1, not at t = 0."
+    p = torch.tensor([.5, .3, .15, .05], dtype=torch.float64)
+    rows = [(right, sample) for right in range(4) for sample in np.ndindex(*[4] * n) if right not in sample]
+    target, others = torch.tensor([right for right, _ in rows]), torch.tensor([sample for _, sample in rows])
+    for t in (0., 1.):
+        z = (p / (1 - p)).log().requires_grad_()
+        each = torch.stack([gbce(z[a:a + 1], z[b][None], 4, t) for a, b in zip(target, others)])
+        gradient, = torch.autograd.grad((p[target] * each).sum() / 3**n, z)
+        assert (gradient.abs().max() < 1e-12) == (t == 1)
+        if t == 0: assert (gradient < 0).all(), "plain binary cross-entropy wants more than the truth"
+
+
+@pytest.mark.parametrize("loss", [sampled_softmax, lambda u, v, hits: gbce(u, v, 50, .75, hits)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_huge_logits_against_a_sample_are_finite(loss, dtype):
+    for sign in (1, -1):
+        positive, negatives = (torch.full(shape, sign * way * 150.).to(dtype).requires_grad_() for shape, way in (((3,), 1), ((3, 4), -1)))
+        found = loss(positive, negatives, torch.eye(3, 4, dtype=torch.bool))
+        found.backward()
+        assert found.dtype == torch.float32 and found.isfinite() and (found < 1e-4) == (sign == 1)
+        assert positive.grad.isfinite().all() and negatives.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("T, G", [(1, 1), (7, 1), (7, 7), (8, 2), (9, 2), (9, 4), (17, 3)])
+def test_grouped_scores_equal_loops(T, G):
+    generator = torch.Generator().manual_seed(T)
+    u, c = (torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((T, 2, 3), (G, 4, 2, 3)))
+    rows = math.ceil(T / G)
+    slow = torch.stack([torch.stack([(u[t] * c[t // rows, j]).sum() for j in range(4)]) for t in range(T)])
+    found = grouped_scores(u, c)
+    torch.testing.assert_close(found, slow, **CLOSE)
+    weight = torch.randn(T, 4, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (u, c)) for x in (found, slow))): torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("rows_together, n_groups", [(8, 3), (1, 19), (5, 4), (100, 1)])
+def test_negatives_are_drawn_evenly_and_shared_in_groups(rows_together, n_groups):
+    set_seed(0)
+    pos_item, counts = torch.arange(19) % 6 + 1, torch.zeros(7)
+    for _ in range(300):
+        ids, is_right, n_known = draw_negatives(pos_item, 6, 10, None, rows_together)
+        counts += ids.flatten().bincount(minlength=7)
+    assert ids.shape == (n_groups, 10) and is_right.shape == (19, 10) and n_known == 6 and counts[0] == 0
+    assert (counts[1:] / counts.sum() - 1 / 6).abs().max() < 4 * (5 / 36 / counts.sum()) ** .5
+    rows = math.ceil(19 / n_groups)
+    for t in range(19): assert is_right[t].equal(ids[t // rows] == pos_item[t])
+    set_seed(5)
+    again = [draw_negatives(pos_item, 6, 10)[0] for _ in range(2)]
+    set_seed(5)
+    assert draw_negatives(pos_item, 6, 10)[0].equal(again[0]) and not again[0].equal(again[1])
+
+
+@pytest.mark.parametrize("T, n", [(0, 5), (3, 0), (3, -1)])
+def test_nothing_to_draw_is_an_error(T, n):
+    with pytest.raises(ValueError, match=f"{T} targets and n_negatives {n}: both must be at least 1"):
+        draw_negatives(torch.ones(T, dtype=torch.long), 9, n)
 
 
 def slow_diversity(interests, pad):

@@ -4,10 +4,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from small_world import BY_CONTENT, COUNTING, LEARNING, SIZES, V, build, make_catalogue, same, weights
+from small_world import BY_CONTENT, COUNTING, LEARNING, SIZES, V, VARIANTS, build, make_catalogue, same, weights
 
 from mmseqrec.blocks.augment import cloze
-from mmseqrec.blocks.losses import draw_candidates, items_of_step
+from mmseqrec.blocks.losses import draw_candidates, draw_negatives, items_of_step
 from mmseqrec.blocks.towers import IDEmbedding
 from mmseqrec.core import set_seed
 from mmseqrec.data.interactions import TEST, TRAIN, VALID
@@ -18,7 +18,7 @@ from mmseqrec.training import fit, training_batches
 KNOWN = 9  # items 1 to 9 have training events
 PRETRAINED = ("content_unisrec", "content_mp4sr", "content_msm4sr", "content_mmsrec", "content_missrec")
 SAMPLING = tuple(name for name in LEARNING if name != "bert4rec")
-learning = pytest.mark.parametrize("name", LEARNING)
+learning = pytest.mark.parametrize("name", (*LEARNING, *VARIANTS))
 
 
 def make_store(n_items=V, held_out=True):
@@ -164,6 +164,14 @@ def test_untrained_items_are_never_drawn():
         torch.testing.assert_close(log_weight, torch.tensor([0, 0, *[np.log(7 / 4)] * 4]), check_dtype=False)
 
 
+def test_untrained_items_are_no_negatives():
+    known, pos_item = torch.tensor([2, 5, 6, 11]), torch.tensor([5, 9])  # 9: a validation event
+    set_seed(0)
+    ids, is_right, n_known = draw_negatives(pos_item, V, 200, known)
+    assert set(ids.unique().tolist()) == set(known.tolist()) and n_known == 4
+    assert is_right[0].equal(ids[0] == 5) and is_right[0].any() and not is_right[1].any()
+
+
 @pytest.mark.parametrize("name", SAMPLING)
 def test_sampled_training_leaves_untrained_items_alone(name):
     model = ready(name, n_candidates=3)
@@ -209,7 +217,7 @@ def test_an_embedding_remembers_what_was_trained():
     assert torch.equal(again.weight, table.weight)  # loaded weights are not zeroed
 
 
-@pytest.mark.parametrize("name", ["sasrec", "content_both", "content_missrec", "bert4rec"])
+@pytest.mark.parametrize("name", ["sasrec", "content_both", "content_missrec", "bert4rec", *VARIANTS])
 def test_a_run_that_was_stopped_within_an_epoch_knows_the_same_items(name, tmp_path, monkeypatch):
     how = dict(epochs=2, batch_size=8, device="cpu", progress=False, checkpoint_every=2)
     whole = build(name, make_catalogue(whole=True))

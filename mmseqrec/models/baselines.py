@@ -9,6 +9,7 @@ __all__ = ['PART_NUMBERS', 'ItemCounts', 'Popularity', 'transition_counts', 'Tra
            'SASRec', 'BERT4Rec', 'fill_gaps', 'ContentSASRec']
 
 # %% ../../nbs/50_models.baselines.ipynb #imports
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -21,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from ..blocks.augment import append_mask, cloze
 from ..blocks.interests import _rows_of_before
 from ..blocks.layers import Dropout, SequenceEncoder, init_weights
-from ..blocks.losses import draw_candidates, full_softmax_cross_entropy
+from ..blocks.losses import (draw_candidates, draw_negatives, full_softmax_cross_entropy,
+                                    gbce, grouped_scores, sampled_softmax)
 from ..blocks.towers import (ContentEmbedding, IDEmbedding, history_attention,
                                     next_item_terms, read_histories, take_positions)
 from ..core import check_shape
@@ -308,8 +310,8 @@ def _gru_ends(encoder, item_emb, batch):
 
 # %% ../../nbs/50_models.baselines.ipynb #sasrec
 class SASRec(Recommender):
-    "Causal Transformer over an ID embedding (Kang and McAuley 2018), full-softmax cross-entropy."
-    causal = True
+    "Causal Transformer over an ID embedding (Kang and McAuley 2018); several losses."
+    causal, losses = True, ("softmax", "sampled_softmax", "gbce")
 
     def __init__(
         self,
@@ -323,10 +325,17 @@ class SASRec(Recommender):
         max_len: int = 50,  # longest history, in items
         temperature: float = 1.0,  # scores are divided by it
         *,
-        n_candidates: int | None = None,  # sample so many items a step, see `draw_candidates`
+        n_candidates: int | None = None,  # of `softmax`: sample so many, see `draw_candidates`
+        loss: str = "softmax",  # or, against drawn items, `"sampled_softmax"` or `"gbce"`
+        n_negatives: int = 256,  # n, drawn items of these two, see `draw_negatives`
+        logq: bool = True,  # correct `sampled_softmax` for the items that were not drawn
+        calibration: float = 0.75,  # t of `gbce`
         released: tuple[str, ...] = (),  # quirks of released code to follow
     ):
         super().__init__()
+        if loss not in self.losses: raise ValueError(f"loss {loss!r} is none of {self.losses}")
+        self.loss, self.n_negatives = loss, n_negatives
+        self.logq, self.calibration = logq, calibration
         self.released = released_quirks(released, self.quirks)
         self.max_len, self.temperature, self.n_candidates = max_len, temperature, n_candidates
         self.item_emb = IDEmbedding(n_items, hidden_size)
@@ -357,6 +366,7 @@ class SASRec(Recommender):
         self,
         batch: Batch,  # with `pos_item [T]`, the items that came next
     ) -> dict[str, Tensor]:  # `"loss"`
+        if self.training and self.loss != "softmax": return {"loss": _sampled_loss(self, batch)}
         return next_item_terms(self, self.encoder, self.item_vectors, batch)
 
     def attention(
@@ -364,6 +374,18 @@ class SASRec(Recommender):
         batch: Batch,  # B histories
     ) -> list[Tensor]:  # `[B, H, L, L]` a layer
         return history_attention(self.encoder, self.item_vectors, batch)
+
+# %% ../../nbs/50_models.baselines.ipynb #sampled-loss
+def _sampled_loss(model, batch):
+    "Compare the next items with drawn ones, by the loss that a `SASRec` has."
+    V, n, known_items = model.catalogue.n_items, model.n_negatives, model.known_items
+    ids, hits, n_items = draw_negatives(batch.pos_item, V, n, known_items)
+    u = read_histories(model.encoder, model.item_vectors, batch, batch.positions)
+    wrong = model.item_vectors(ids.flatten()).unflatten(0, ids.shape)
+    positive = (u * model.item_vectors(batch.pos_item)).sum((1, 2)) / model.temperature
+    negatives = grouped_scores(u, wrong) / model.temperature
+    if model.loss == "gbce": return gbce(positive, negatives, n_items, model.calibration, hits)
+    return sampled_softmax(positive, negatives, hits, model.logq * math.log(n / n_items))
 
 # %% ../../nbs/50_models.baselines.ipynb #bert4rec
 class BERT4Rec(Recommender):
