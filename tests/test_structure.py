@@ -153,11 +153,18 @@ def test_clean_changes_nothing(copy):
     nbdev("nbdev-clean", copy)
     assert [p.name for p in PAGES if (copy / "nbs" / p.name).read_bytes() != p.read_bytes()] == []
 
-def test_readme_is_made_from_the_index():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / ".ci/readme.py")
+def script_of(name):
+    "Import a script of the folder .ci."
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f".ci/{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+def test_readme_is_made_from_the_index():
+    script = script_of("readme")
     assert (ROOT / "README.md").read_text() == script.readme_from_index(ROOT / "nbs/index.ipynb"), "run .ci/readme.py"
+    kept = {path.name: path.read_bytes() for path in (ROOT / script.IMAGES).iterdir()}
+    assert kept == script.pictures(ROOT / "nbs/index.ipynb"), "run .ci/readme.py"
 
 
 # A page
