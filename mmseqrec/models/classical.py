@@ -9,6 +9,8 @@ __all__ = ['MOST_ITEMS', 'user_item_matrix', 'KnownItems', 'newest_first', 'near
            'too_many_items', 'EASE', 'ContentVectors', 'ContentKNN']
 
 # %% ../../nbs/56_models.classical.ipynb #imports
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,11 +32,9 @@ def user_item_matrix(
     "Mark which user took which item."
     is_training = store.stage == TRAIN
     column = np.searchsorted(store.training_items, store.items[is_training])
+    events = np.ones(len(column)), (store.user[is_training], column)
     shape = len(store.offsets) - 1, len(store.training_items)
-    pairs = store.user[is_training], column
-    matrix = sparse.csr_array((np.ones(len(column)), pairs), shape=shape)  # adds up equal pairs
-    matrix.data[:] = 1
-    return matrix
+    return (sparse.csr_array(events, shape=shape) > 0).astype(np.float64)  # once or more often
 
 # %% ../../nbs/56_models.classical.ipynb #known-items
 class KnownItems(nn.Module):
@@ -65,10 +65,16 @@ class KnownItems(nn.Module):
         store: SequenceStore,  # only its training events are looked at
     ) -> None:
         "Number the training items."
+        is_known = np.isin(np.arange(store.n_items + 1), store.training_items)
+        self.number = torch.from_numpy(is_known.cumsum() * is_known).to(self.number)
         self.n_known = len(store.training_items)
-        self.number.zero_()
-        rows = torch.from_numpy(store.training_items).to(self.number.device)
-        self.number[rows] = torch.arange(1, self.n_known + 1, device=rows.device)
+
+    def describe(
+        self,
+        ids: Tensor,  # `[N]` catalogue rows
+    ) -> Items:  # vectors `[N, 1, 1]`
+        "Describe items by their numbers."
+        return Items(self.number[ids][:, None, None], ids)
 
 # %% ../../nbs/56_models.classical.ipynb #newest-first
 def newest_first(
@@ -77,12 +83,10 @@ def newest_first(
     n_last: int = 50,  # how many of the last items
 ) -> Tensor:  # `[T, n_last]` catalogue rows; 0 after the first item and for repetitions
     "List the items up to each asked position, from the newest to the oldest."
-    length = batch.item_seq.shape[1]
-    if positions is None:
-        positions = torch.arange(len(batch)).to(batch.item_seq_len) * length + batch.item_seq_len - 1
-    row, end = positions[:, None] // length, positions[:, None] % length
-    column = end - torch.arange(n_last, device=end.device)
-    items = batch.item_seq[row, column.clamp(min=0)].masked_fill(column < 0, 0)
+    if positions is None: positions = replace(batch, positions=None).query_index()
+    row, end = torch.unravel_index(positions, batch.item_seq.shape)
+    column = end[:, None] - torch.arange(n_last, device=end.device)
+    items = batch.item_seq[row[:, None], column.clamp(min=0)].masked_fill(column < 0, 0)
     is_same = items[:, :, None] == items[:, None, :]
     return items.masked_fill(is_same.tril(-1).any(-1), 0)
 
@@ -110,12 +114,14 @@ def nearest_neighbours(
     return neighbour, similarity
 
 # %% ../../nbs/56_models.classical.ipynb #check-settings
-def _check_settings(decay, shrinkage=0, **positive):
+_LOWEST = {"k": 1, "n_last": 1, "max_len": 1, "shrinkage": 0, "l2": 1e-6}
+
+def _check_settings(decay, **settings):
     "Raise a `ValueError` that names the first setting out of its range."
     if not 0 <= decay <= 1: raise ValueError(f"decay must lie between 0 and 1, got {decay}")
-    if shrinkage < 0: raise ValueError(f"shrinkage must be at least 0, got {shrinkage}")
-    for name, value in positive.items():
-        if value <= 0: raise ValueError(f"{name} must be above 0, got {value}")
+    for name, value in settings.items():
+        if value >= _LOWEST[name]: continue
+        raise ValueError(f"{name} must be at least {_LOWEST[name]}, got {value}")
 
 # %% ../../nbs/56_models.classical.ipynb #itemknn
 class ItemKNN(Recommender):
@@ -130,7 +136,7 @@ class ItemKNN(Recommender):
         max_len: int = 50,  # longest history, in items
     ):
         super().__init__()
-        _check_settings(decay, shrinkage, k=k, max_len=max_len)
+        _check_settings(decay, shrinkage=shrinkage, k=k, max_len=max_len)
         self.k, self.shrinkage, self.decay, self.max_len = k, shrinkage, decay, max_len
         self.known = KnownItems(n_items, n_known)
         self.register_buffer("neighbour", torch.zeros(n_known + 1, k, dtype=torch.int32))
@@ -151,8 +157,7 @@ class ItemKNN(Recommender):
         self,
         ids: Tensor | None = None,  # `[N]` catalogue rows; all by default
     ) -> Items:  # vectors `[N, 1, 1]`, the numbers among the training items
-        ids = asked_rows(self, ids)
-        return Items(self.known.number[ids][:, None, None], ids)
+        return self.known.describe(asked_rows(self, ids))
 
     def encode_sequence(
         self,
@@ -180,8 +185,7 @@ def ease_weights(
     l2: float,  # lambda
 ) -> np.ndarray:  # `[K, K]`, B; row i holds what item i says about each item
     "Solve for the linear model that predicts each item from the others (Steck, equation 8)."
-    table = (matrix.T @ matrix).toarray()
-    table[np.diag_indices_from(table)] += l2
+    table = (matrix.T @ matrix + l2 * sparse.eye_array(matrix.shape[1])).toarray()
     weights = linalg.inv(table.T, overwrite_a=True)  # symmetric, so the transpose is the table
     weights /= -np.diag(weights)
     np.fill_diagonal(weights, 0)
@@ -195,9 +199,8 @@ def too_many_items(
 ) -> str:  # in words; empty if they are not too many
     "Say why EASE cannot take so many items."
     if n_known <= MOST_ITEMS: return ""
-    return (f"EASE needs a table of {n_known:,} x {n_known:,} numbers, one row for each item of the "
-            f"training events ({8 * n_known ** 2 / 1e9:.1f} GB), and takes {MOST_ITEMS:,} items at "
-            "most; use ItemKNN, whose memory grows with the events")
+    return (f"EASE needs a table of {n_known:,} x {n_known:,} numbers ({8 * n_known ** 2 / 1e9:.1f} "
+            f"GB), one row a training item, and takes {MOST_ITEMS:,} at most; use ItemKNN instead")
 
 # %% ../../nbs/56_models.classical.ipynb #ease
 class EASE(Recommender):
@@ -231,8 +234,7 @@ class EASE(Recommender):
         self,
         ids: Tensor | None = None,  # `[N]` catalogue rows; all by default
     ) -> Items:  # vectors `[N, 1, 1]`, the numbers among the training items
-        ids = asked_rows(self, ids)
-        return Items(self.known.number[ids][:, None, None], ids)
+        return self.known.describe(asked_rows(self, ids))
 
     def encode_sequence(
         self,
@@ -247,9 +249,9 @@ class EASE(Recommender):
         items: Items,  # N items, all or any chunk
     ) -> Tensor:  # `[T, N]`, see the equation above
         history = check_shape(sequence, "T 1 L")[:, 0]
-        recency = self.decay ** torch.arange(history.shape[1], device=history.device)
-        recency = recency.to(self.weights).expand(history.shape)
-        total = F.embedding_bag(history, self.weights, mode="sum", per_sample_weights=recency)
+        recency = (self.decay ** torch.arange(history.shape[1])).to(self.weights)
+        total = F.embedding_bag(history, self.weights, mode="sum",
+                                per_sample_weights=recency.expand(history.shape))
         return total[:, items.vectors[:, 0, 0]]
 
 # %% ../../nbs/56_models.classical.ipynb #content-vectors
@@ -334,5 +336,5 @@ class ContentKNN(Recommender):
         positions: Tensor | None = None,  # `[T]` flat positions; default: the last of each row
     ) -> Tensor:  # `[T, 1, D]`, sum of the last items' vectors, newest with weight 1
         vectors = self.content(newest_first(batch, positions, self.max_len))
-        recency = self.decay ** torch.arange(self.max_len, device=vectors.device)
-        return (recency.to(vectors)[:, None] * vectors).sum(1, keepdim=True)
+        recency = (self.decay ** torch.arange(self.max_len)).to(vectors)
+        return (recency[:, None] * vectors).sum(1, keepdim=True)
