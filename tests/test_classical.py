@@ -274,7 +274,7 @@ def test_too_many_items_are_refused_before_anything_is_computed(monkeypatch):
     store = SequenceStore(np.arange(1, n + 1, dtype=np.int32), np.array([0, n]), np.zeros(n, np.int8), n)
     model = EASE().set_catalogue(catalogue_from_arrays([f"i{row}" for row in range(n)], text_emb=np.zeros((n, 1), np.float32)))
     monkeypatch.setattr(classical, "user_item_matrix", lambda store: pytest.fail("something was computed"))
-    with pytest.raises(ValueError, match=r"20,001 x 20,001 numbers \(3.2 GB\).*takes 20,000 at most; use ItemKNN instead"):
+    with pytest.raises(ValueError, match=r"20,001 x 20,001 numbers.*\(3.2 GB\); it takes 20,000 at most: use ItemKNN"):
         fit(model, store, device="cpu", progress=False)
     assert model.weights.shape == (1, 1) and not model.known.number.any()
 
@@ -286,8 +286,8 @@ def test_a_run_says_so_before_anything_is_encoded(tmp_path, monkeypatch):
     config = quick_config(files, "shipped", systems=("popularity", "ease"))
     with monkeypatch.context() as patch:
         patch.setattr("mmseqrec.experiments.run.build_catalogue", lambda *_, **__: pytest.fail("something was encoded"))
-        with pytest.raises(ValueError, match="takes 5 at most; use ItemKNN instead; leave ease out of the systems"):
+        with pytest.raises(ValueError, match="takes 5 at most: use ItemKNN; leave ease out of the systems"):
             prepare_data(config, tmp_path / "a", progress=False)
     data = prepare_data(replace(config, systems=None), tmp_path / "b", progress=False)
     assert "ease" not in data.systems and {"itemknn", "content_knn"} <= set(data.systems)
-    assert any(note.startswith("EASE needs") and note.endswith("it was left out.") for note in data.notes)
+    assert any(note.startswith("EASE needs") and note.endswith("use ItemKNN: it was left out.") for note in data.notes)

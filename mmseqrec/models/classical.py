@@ -199,8 +199,8 @@ def too_many_items(
 ) -> str:  # in words; empty if they are not too many
     "Say why EASE cannot take so many items."
     if n_known <= MOST_ITEMS: return ""
-    return (f"EASE needs a table of {n_known:,} x {n_known:,} numbers ({8 * n_known ** 2 / 1e9:.1f} "
-            f"GB), one row a training item, and takes {MOST_ITEMS:,} at most; use ItemKNN instead")
+    return (f"EASE needs a table of {n_known:,} x {n_known:,} numbers, one row a training item "
+            f"({8 * n_known ** 2 / 1e9:.1f} GB); it takes {MOST_ITEMS:,} at most: use ItemKNN")
 
 # %% ../../nbs/56_models.classical.ipynb #ease
 class EASE(Recommender):
