@@ -296,7 +296,7 @@ class ContentVectors(nn.Module):
         ids: Tensor,  # catalogue rows, of any shape
     ) -> Tensor:  # `[*ids.shape, D]`, length 1; zeros for padding and items with neither modality
         "Look up the vectors of some items."
-        parts = [F.normalize(centring(features[ids]), dim=-1).masked_fill(missing[ids][..., None], 0)
+        parts = [F.normalize(centring(features[ids]), dim=-1) * ~missing[ids][..., None]
                  for centring, features, missing in self._tables()]
         return F.normalize(torch.cat(parts, -1), dim=-1)
 
