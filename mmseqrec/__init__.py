@@ -49,12 +49,14 @@ PUBLIC = {  # module -> the names that `import mmseqrec as mm` offers
     "app.report": "write_report",
 }
 
+SAVED = {"models.classical": "ContentKNN EASE ItemKNN"}  # found by name, too, where a saved model names its class
+
 
 def __getattr__(name):
     from importlib import import_module
 
     if name.startswith("__"): raise AttributeError(name)
-    for module, names in PUBLIC.items():
+    for module, names in (PUBLIC | SAVED).items():
         if name in names.split(): return getattr(import_module(f"{__name__}.{module}"), name)
     try: return import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:

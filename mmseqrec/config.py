@@ -19,6 +19,9 @@ from typing import get_args, get_origin
 SYSTEM_TITLES = {
     "popularity": "Popularity",
     "markov": "First-order Markov",
+    "itemknn": "ItemKNN",
+    "ease": "EASE",
+    "content_knn": "Content neighbours",
     "sasrec": "SASRec over IDs",
     "sasrec_sampled": "SASRec, sampled softmax",
     "sasrec_gbce": "SASRec, gBCE",
@@ -50,9 +53,11 @@ SYSTEM_TITLES = {
 }
 
 # %% ../nbs/46_config.ipynb #groups
-ALL = ("popularity", "markov", "sasrec", "gru4rec", "bert4rec", "content_sasrec",
-       "mp4sr_scratch", "mp4sr", "unisrec", "mmsrec", "missrec")  # without variants and ablations
-STANDARD = ("popularity", "markov", "sasrec", "content_sasrec", "mp4sr_scratch", "mp4sr", "missrec")
+ALL = ("popularity", "markov", "itemknn", "ease", "content_knn", "sasrec", "gru4rec", "bert4rec",
+       "content_sasrec", "mp4sr_scratch", "mp4sr", "unisrec", "mmsrec",
+       "missrec")  # without variants and ablations
+STANDARD = ("popularity", "markov", "itemknn", "ease", "content_knn", "sasrec", "content_sasrec",
+            "mp4sr_scratch", "mp4sr", "missrec")
 
 # %% ../nbs/46_config.ipynb #choose-systems
 def choose_systems(

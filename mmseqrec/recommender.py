@@ -348,7 +348,7 @@ def _answer(
     return answers
 
 # %% ../nbs/40_recommender.ipynb #save-recommender
-FOLLOWING_SIZES = ("n_items", "n_interests", "n_transitions")  # follow catalogue and training
+FOLLOWING_SIZES = ("n_items", "n_interests", "n_transitions", "n_known")  # follow the data
 _HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 def _current_config(model):

@@ -7,6 +7,7 @@ from mmseqrec.data.interactions import TEST, TRAIN, VALID
 from mmseqrec.data.sequences import SequenceStore
 from mmseqrec.features.encoders import catalogue_from_arrays
 from mmseqrec.models.baselines import BERT4Rec, ContentSASRec, GRU4Rec, Markov, Popularity, SASRec
+from mmseqrec.models.classical import EASE, ContentKNN, ItemKNN
 from mmseqrec.models.missrec import MISSRec
 from mmseqrec.models.mmsrec import MMSRec
 from mmseqrec.models.mp4sr import MP4SR, MSM4SR
@@ -48,6 +49,9 @@ def step_by_step(attention_dropout=None, **options):
 SYSTEMS = {
     "popularity": lambda **options: Popularity(),
     "markov": lambda **options: Markov(),
+    "itemknn": lambda **options: ItemKNN(k=5, shrinkage=2.),
+    "ease": lambda **options: EASE(l2=2.),
+    "content_knn": lambda **options: ContentKNN(text_size=TEXT_SIZE, image_size=IMAGE_SIZE, n_last=10),
     "sasrec": lambda **options: SASRec(**SIZES | options),
     "gru4rec": lambda **options: step_by_step(**options),
     "bert4rec": lambda **options: BERT4Rec(**SIZES | ({"cloze_rate": 0.} if options.get("dropout") == 0 else {}) | options),
@@ -67,7 +71,8 @@ VARIANTS = {  # keep the contract, too: another loss of a system above
     "sasrec_sampled": lambda **options: SASRec(**SIZES | dict(loss="sampled_softmax", n_negatives=6) | options),
     "sasrec_gbce": lambda **options: SASRec(**SIZES | dict(loss="gbce", n_negatives=6) | options),
 }
-COUNTING = ("popularity", "markov")  # have no weights
+CLASSICAL = ("itemknn", "ease", "content_knn")  # are computed from training events at once
+COUNTING = ("popularity", "markov", *CLASSICAL)  # have no weights that learn
 WITHOUT_ATTENTION = (*COUNTING, "gru4rec")
 CLOZE = ("bert4rec", "content_mmsrec")  # are asked behind a [MASK], and show its attention as well
 LEARNING = tuple(name for name in SYSTEMS if name not in COUNTING)

@@ -43,8 +43,9 @@ def rows(**values): return [{"system": name, "seed": s, "ndcg@10": v} for name, 
 # Grids and questions
 
 def test_every_system_is_compared_in_all_its_modes():
-    modes = {"mp4sr_content", "unisrec_ids", "missrec_ids"}
-    assert set(COMPARED) == {*ALL, *modes, *(f"{name}_scratch" for name in {*ALL, *modes} if SYSTEMS[name].pretrain)}
+    modes, later = {"mp4sr_content", "unisrec_ids", "missrec_ids"}, {"itemknn", "ease", "content_knn"}  # than the stored grids
+    names = {*ALL, *modes} - later
+    assert set(COMPARED) == {*names, *(f"{name}_scratch" for name in names if SYSTEMS[name].pretrain)}
     for config in COMPARISONS.values():
         assert len(set(config.systems)) == len(config.systems) and set(config.systems) <= set(COMPARED) and config.seeds == (0, 1, 2)
 

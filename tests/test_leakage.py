@@ -26,8 +26,8 @@ from mmseqrec.models import baselines
 from mmseqrec.models.baselines import transition_counts
 from mmseqrec.training import fit, training_batches
 from small_shop import describe, quick_config, write_shop
-from small_world import (BY_CONTENT, COUNTING, IMAGE_SIZE, LEARNING, SYSTEMS, TEXT_SIZE, V, build, make_catalogue, make_store,
-                         same, weights, without_seconds)
+from small_world import (BY_CONTENT, CLASSICAL, COUNTING, IMAGE_SIZE, LEARNING, SYSTEMS, TEXT_SIZE, V, build, make_catalogue,
+                         make_store, same, weights, without_seconds)
 from test_sources import write_benchmark
 
 QUICK = dict(epochs=3, batch_size=16, lr=.01, device="cpu", progress=False)
@@ -74,7 +74,19 @@ def test_the_planted_item_is_found_where_it_was_planted():
 
 # Counting
 
-@pytest.mark.parametrize("name", COUNTING)
+@pytest.mark.parametrize("name", CLASSICAL)
+def test_the_planted_item_has_no_similarity(name):
+    "It has no number among the training items, and no digit depends on it; likeness of content is nobody's event."
+    store, catalogue = planted_store([VALID, TEST]), make_catalogue(PLANTED)
+    model = build(name, catalogue, store=store)
+    answer, = model.recommend([["item-1"]], k=PLANTED)
+    if name != "content_knn":
+        assert model.known.number[PLANTED] == 0 and answer.scores[answer.items.index(f"item-{PLANTED}")] == 0
+    only_training = replace(store, items=np.where(store.stage == TRAIN, store.items, 1).astype(np.int32))
+    assert same(weights(model), weights(build(name, catalogue, store=only_training)))
+
+
+@pytest.mark.parametrize("name", sorted(set(COUNTING) - set(CLASSICAL)))
 def test_the_planted_item_is_not_counted(name):
     store = planted_store([VALID, TEST])
     model = build(name, make_catalogue(PLANTED), store=store)
@@ -197,7 +209,8 @@ def test_from_table_to_batches_a_planted_item_stays_where_it_belongs(kind):
     rng = np.random.default_rng(0)
     catalogue = catalogue_from_arrays(core.item_tokens, rng.standard_normal((len(core.item_tokens), TEXT_SIZE)),
                                       rng.standard_normal((len(core.item_tokens), IMAGE_SIZE)))
-    for name in COUNTING: assert build(name, catalogue, store=store).counts.item_counts[code] == 0
+    for name in ("popularity", "markov"): assert build(name, catalogue, store=store).counts.item_counts[code] == 0
+    for name in ("itemknn", "ease"): assert build(name, catalogue, store=store).known.number[code] == 0
     assert not np.isin(code, transition_counts(store)[:2])
     for batch in prefix_batches(store, TEST, 64, 10):  # nor in the history of its own question
         assert not (batch.item_seq == code).any()
@@ -425,6 +438,8 @@ RULES = {  # what must hold -> (check of the folders `tmp` and `clip`, the rule 
     "counts, popularity": (lambda tmp, clip: test_the_planted_item_is_not_counted("popularity"),
                            broken(baselines.ItemCounts, "count", count_all)),
     "counts, transitions": (lambda tmp, clip: test_the_planted_item_is_not_counted("markov"), TRAINING_READS_ALL),
+    **{f"similarities, {name}": (lambda tmp, clip, name=name: test_the_planted_item_has_no_similarity(name),
+                                    ALL_ITEMS_COUNT_AS_TRAINED) for name in ("itemknn", "ease")},
     **{f"test events, {name}": (lambda tmp, clip, name=name: test_other_test_events_change_no_digit(name), TRAINING_READS_ALL)
        for name in ("sasrec", "bert4rec")},
     **{f"validation events, {name}": (lambda tmp, clip, name=name: test_other_validation_events_change_nothing_but_the_choice(name),

@@ -44,6 +44,7 @@ from ..figures import COLORS
 from ..metrics import (bootstrap_interval, count_better, paired_test,
                               ranks_from_counts)
 from ..models.baselines import BERT4Rec, ContentSASRec, GRU4Rec, Markov, Popularity, SASRec
+from ..models.classical import EASE, ContentKNN, ItemKNN, too_many_items
 from ..models.missrec import MISSRec
 from ..models.mmsrec import MMSRec, pair_store
 from ..models.mp4sr import MP4SR
@@ -63,6 +64,7 @@ class System:
     has_seed: bool = True  # False for systems that only count: all seeds give the same
     drops_words: bool = False  # True if pre-training reads texts with words left out
     pretrain_store: Callable[[SequenceStore], SequenceStore] = lambda store: store  # pre-trained on
+    too_many: Callable[[int], str] = lambda n: ""  # why it cannot take n training items, in words
     stays: tuple[str, ...] = ("item_emb.",)  # weights whose names begin so are not handed on
     result_version: int = 3  # raised when a change of the code alters the numbers of this system
 
@@ -103,6 +105,9 @@ _COUNTS = dict(has_seed=False, result_version=1)
 _BASELINES = (
     System("popularity", sized(Popularity), color=COLORS["neutral"], **_COUNTS),
     System("markov", sized(Markov), color=COLORS["accent"], **_COUNTS),
+    System("itemknn", sized(ItemKNN), color="#8c564b", **_COUNTS),
+    System("ease", sized(EASE), color="#c06c98", too_many=too_many_items, **_COUNTS),
+    System("content_knn", sized(ContentKNN), color="#9bbf3b", needs="content", **_COUNTS),
     System("sasrec", sized(SASRec), color=COLORS["id"]),
     System("sasrec_sampled", sized(SASRec, loss="sampled_softmax"), color=COLORS["id"]),
     System("sasrec_gbce", sized(SASRec, loss="gbce"), color=COLORS["id"]),
@@ -297,7 +302,7 @@ def _features(config, table, split, items_path, folder, progress):
     if config.text_features or config.image_features:
         return _given_features(config, table, items_path), None, _GIVEN
     encoders = _load_encoders(config, table, split, Path(folder) / "features")
-    _permitted_systems(config, [], table, encoders)  # raises before anything is encoded
+    _permitted_systems(config, [], table, encoders, (~split.unseen_item_mask).sum())  # may raise
     drops_words = any(SYSTEMS[name].drops_words for name in config.systems or STANDARD)
     catalogue = build_catalogue(table, encoders.text, encoders.image, Path(folder) / "features",
                                 word_drop=config.word_drop * drops_words, progress=progress)
@@ -370,7 +375,8 @@ def prepare_data(
     shop = read(config, folder, seconds, progress, split)
     events, store = shop.split.interactions, SequenceStore.from_split(shop.split)
     left_out = _copy_notes(events)
-    systems = _permitted_systems(config, left_out, shop.catalogue, shop.encoders)
+    systems = _permitted_systems(config, left_out, shop.catalogue, shop.encoders,
+                                 len(store.training_items))
     with _timed(seconds, "keywords"):
         systems, keywords = _read_keywords(config, systems, shop, store, left_out,
                                            cache_dir=Path(folder) / "features", progress=progress)
@@ -404,18 +410,18 @@ def _wrong_size(system, config):
     except ValueError as error: return f"{system.title}: {error}"
     return ""
 
-def _permitted_systems(config, left_out, known=None, encoders=None):
+def _permitted_systems(config, left_out, known=None, encoders=None, n_trained=0):
     """Return the systems to run; append a sentence to `left_out` for each that is not among them.
 
-    Without `known` (a catalogue or a table of items), only sizes are looked at."""
+    Without `known` (a catalogue or a table of items) and `n_trained` (how many items have training
+    events), only sizes are looked at."""
     names = []
-    for name in STANDARD if config.systems is None else config.systems:
-        system = SYSTEMS[name]
-        reason = _wrong_size(system, config)
+    for system in map(SYSTEMS.get, STANDARD if config.systems is None else config.systems):
+        reason = _wrong_size(system, config) or system.too_many(n_trained)
         if known and (lacks := _lacking(system.needs, known, encoders)):
             reason = f"{system.title} {_READS[system.needs]}; that needs {lacks}"
-        if not reason: names.append(name)
-        elif config.systems: raise ValueError(f"{reason}; leave {name} out of the systems")
+        if not reason: names.append(system.name)
+        elif config.systems: raise ValueError(f"{reason}; leave {system.name} out of the systems")
         else: left_out.append(f"{reason}: it was left out.")
     dropped = getattr(known, "dropped_text_emb", known)
     if dropped is None and any(SYSTEMS[name].drops_words for name in names):
