@@ -113,7 +113,7 @@ class _Data:
     "your own data (without them: the built-in marketplace)"
     source: str | None = _setting(
         None, "instead of tables: a public data set, such as movielens-1m or "
-        "amazon-2018:Prime_Pantry, fetched; or benchmark:FOLDER, a published split with features",
+        "amazon-2018:Prime_Pantry, fetched; or benchmark:PATH, a published split (folder or file)",
         metavar="NAME")
     interactions: str | None = _setting(
         None, "table of events: CSV, TSV, JSONL or Parquet, also .gz", metavar="FILE")

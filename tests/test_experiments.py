@@ -17,6 +17,7 @@ from mmseqrec.data.sequences import TRAIN
 from mmseqrec.experiments.run import (SYSTEMS, RunData, difference, load_result, prepare_data,
                                   result_fingerprint, result_table, run_all, run_system, save_result)
 from mmseqrec.features.clip import IMAGE_SETTINGS, quiet_transformers
+from mmseqrec.features.sentences import fit_lsa
 from mmseqrec.models.mp4sr import MP4SR
 from mmseqrec.training import fit
 from small_shop import COLOURS, THINGS, quick_config, write_shop
@@ -186,6 +187,41 @@ def test_a_published_split_is_taken_as_it_is(bench, tmp_path):
             np.testing.assert_array_equal(table[row, 0], dump[int(token)])
     assert prepare_data(replace(config, systems=None), tmp_path, progress=False).systems == tuple(
         name for name in STANDARD if name not in READERS)
+
+TEXTS = ("a red steel mug", "a blue steel mug", "a red glass bowl", "a blue glass bowl", "   ")
+
+def write_texts(bench, folder):
+    "Copy a published split without its features; the last item's text is blank."
+    folder.mkdir()
+    for path in bench.iterdir():
+        if "feat" not in path.suffix: (folder / path.name).write_bytes(path.read_bytes())
+    rows = "".join(f"thing-{k}\t{text}\n" for k, text in enumerate(TEXTS))
+    (folder / "Ring.text").write_text("item_id:token\ttext:token_seq\n" + rows)
+    return f"benchmark:{folder}"
+
+def test_published_texts_are_encoded_where_there_are_no_features(bench, tmp_path):
+    source = write_texts(bench, tmp_path / "texts")
+    config = quick_config({"source": source}, "shipped", systems=("unisrec", "sasrec"), text_encoder="lsa")
+    data = prepare_data(config, tmp_path / "a", progress=False)
+    assert data.notes[0] == "The split was taken as published."
+    assert any("TF-IDF" in note for note in data.notes) and not any("Pictures" in note for note in data.notes)
+    tokens = data.catalogue.item_tokens
+    expected = fit_lsa([TEXTS[int(token)] for token in tokens[1:] if TEXTS[int(token)].strip()])
+    for row, token in enumerate(tokens[1:], 1):
+        blank = not TEXTS[int(token)].strip()
+        assert data.catalogue.missing_text_mask[row] == blank
+        if not blank: np.testing.assert_allclose(data.catalogue.text_emb[row, 0], expected.encode([TEXTS[int(token)]])[0], atol=1e-5)
+    assert data.catalogue.dropped_text_emb.shape == data.catalogue.text_emb.shape and data.catalogue.image_emb is None
+    assert run_system("unisrec", 0, data, config, tmp_path / "a", progress=False).evaluation.n_items == 5
+
+def test_published_texts_are_not_encoded_for_systems_without_content_nor_beside_features(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "_load_encoders", None)
+    source = write_texts(bench, tmp_path / "texts")
+    ids = quick_config({"source": source}, "shipped", systems=("sasrec",))
+    assert prepare_data(ids, tmp_path / "a", progress=False).catalogue.text_emb is None
+    for path in bench.glob("*CLS"): (tmp_path / "texts" / path.name).write_bytes(path.read_bytes())
+    data = prepare_data(replace(ids, systems=("unisrec",)), tmp_path / "b", progress=False)
+    np.testing.assert_array_equal(data.catalogue.text_emb[1, 0], np.fromfile(bench / "Ring.feat1CLS", np.float32)[:4])
 
 def test_without_texts_with_missing_words_nothing_is_dropped_but_items(shop, clip, tmp_path):
     _, path = write_features(shop, tmp_path)

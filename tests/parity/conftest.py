@@ -2,7 +2,7 @@
 
 `MMSEQREC_PEERS=FOLDER python -m pytest tests/parity` runs it, where FOLDER holds checkouts named UniSRec, MISSRec, MP4SR and
 MMSRec; RecBole 1.2.1, torchmetrics, and ir-measures with pytrec-eval-terrier are installed packages. What is not there is skipped, and says so.
-`MMSEQREC_PARITY_OUT=FILE` writes the differences, for page 67.
+`MMSEQREC_PARITY_OUT=FILE` writes the differences, for page 59.
 """
 import math
 import os
