@@ -25,6 +25,7 @@ SYSTEM_TITLES = {
     "sasrec": "SASRec over IDs",
     "sasrec_sampled": "SASRec, sampled softmax",
     "sasrec_gbce": "SASRec, gBCE",
+    "sasrec_bce": "SASRec, BCE with one negative",
     "gru4rec": "GRU4Rec",
     "bert4rec": "BERT4Rec",
     "content_sasrec": "SASRec over content",

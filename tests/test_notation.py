@@ -12,11 +12,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = {page.name[:2]: page for page in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))}
 
 # Letters with which a page means something of its own, in one section and in words beside the formula.
-LOCAL = {"10": "xyω", "41": "XxtyΓ", "44": "Xφ", "50": "Ugnrε", "54": "ε", "61": "t", "62": "t", "82": "m"}
+LOCAL = {"10": "xyω", "41": "XxtyΓ", "44": "Xφ", "50": "Ugnrε", "54": "ε", "56": "XF", "61": "t", "62": "t", "82": "m"}
 WHY = {"10": "coordinates and angle of a drawing", "41": "a hypergeometric number, Student's t, relevance, logarithms of n!",
        "44": "the data of a map and its directions", "50": "the gates of a GRU; Markov's small weight",
-       "54": "the small number in a norm", "61": "Student's t", "62": "Student's t", "82": "sizes of a matrix"}
-WAITING = {"13": "ht", "32": "vwzℛ", "42": "RMm", "50": "vσA", "55": "vw"}  # pages whose text is changed elsewhere
+       "54": "the small number in a norm", "56": "the table of users and items, and the norm of a table", "61": "Student's t", "62": "Student's t", "82": "sizes of a matrix"}
+WAITING = {}  # page -> letters whose text is being changed elsewhere
 
 
 @cache

@@ -67,7 +67,7 @@ def sampled_softmax(
     false_negative_mask: Tensor | None = None,  # `[T, n]`, True where the right item was drawn
     log_q: Tensor | float = 0.0,  # `[n]` or `[T, n]`, log of the expected count
 ) -> Tensor:  # a single number, the mean over the T rows
-    "Compute cross-entropy against a sample, with logQ correction (Bengio and Senecal 2008)."
+    "Compute cross-entropy against a sample, with logQ correction (Bengio and Senécal 2008)."
     positive, negatives = _at_least_32_bits(positive), _at_least_32_bits(negatives) - log_q
     if false_negative_mask is not None:
         negatives = negatives.masked_fill(false_negative_mask, -torch.inf)

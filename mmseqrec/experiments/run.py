@@ -111,6 +111,7 @@ _BASELINES = (
     System("sasrec", sized(SASRec), color=COLORS["id"]),
     System("sasrec_sampled", sized(SASRec, loss="sampled_softmax"), color=COLORS["id"]),
     System("sasrec_gbce", sized(SASRec, loss="gbce"), color=COLORS["id"]),
+    System("sasrec_bce", sized(SASRec, loss="gbce", n_negatives=1, calibration=0.)),
     System("gru4rec", sized(GRU4Rec), color="#a8927a"),
     System("bert4rec", sized(BERT4Rec), color="#5f6f52", result_version=4),
     System("content_sasrec", sized(ContentSASRec), color=COLORS["both"], needs="content"),
