@@ -49,6 +49,7 @@ class ColdGrid:
 _WITHOUT_IDS = ("content_sasrec", "unisrec_scratch", "mmsrec_scratch", "missrec_scratch",
                 "mp4sr_content_scratch")
 _ONCE = ("mp4sr_scratch", "missrec")
+_CLASSICAL = ("markov", "itemknn", "ease", "content_knn")  # need no training
 _REAL = ("popularity", "markov", "sasrec", *_WITHOUT_IDS[:4])
 _COLD = RunConfig(systems=("popularity", "markov", "sasrec", *_WITHOUT_IDS, *_ONCE),
                   seeds=(0, 1, 2), new_items=.1, pretrain_epochs=5, device="cpu")
@@ -69,6 +70,8 @@ GRIDS = {
                                   split="global-time"),), once=_ONCE),
     "scientific": ColdGrid(tuple(replace(config, seeds=(draw,)) for draw, config in
                                  enumerate(_draws(_real("scientific"))))),
+    "new-classical": ColdGrid(_draws(replace(_COLD, systems=_CLASSICAL))),
+    "scientific-classical": ColdGrid(_draws(_real("scientific", _CLASSICAL))),
     "ml1m": ColdGrid((_real("ml1m", tuple(n for n in _REAL if n != "mmsrec_scratch")),),
                      once=("unisrec_scratch", "missrec_scratch"))}
 TINY = ColdGrid((tiny_config(_COLD, ("markov", "content_sasrec", "missrec_scratch")),))
@@ -252,14 +255,14 @@ def store_cold(
     cut: bool = False,  # keep to the trainings that are finished
 ) -> dict:  # as `compute_or_load`, of `"systems"`, `"runs"`, `"statistics"`, `"n_new"`, `"tiny"`
     "Summarise a grid and store it; trains what is missing unless `cut`."
-    grid, folder = GRIDS[name], Path(folder)
+    grid, folder, kind = GRIDS[name], Path(folder), name.partition("-")[0]
     draws = [open_draw(grid, draw, folder / "prepared-0") for draw in range(len(grid.configs))]
     def is_finished(draw, *job):
         return _is_finished(job, draws[draw].data, draws[draw].config, folder / f"draw-{draw}")
     jobs = [job for job in grid.jobs() if not cut or is_finished(*job)]
     def compute():
         results = [(draw, _train(draws[draw], job, draw, folder)) for draw, *job in jobs]
-        return {"systems": summarise_cold(draws, results, alone=name in ("new", *COMPARISONS)),
+        return {"systems": summarise_cold(draws, results, alone=kind in ("new", *COMPARISONS)),
                 "runs": [{"draw": n, **_run_row(result, draws[n])} for n, result in results],
                 "statistics": [draw.data.statistics for draw in draws],
                 "n_new": [int((draw.quota[1:] == 0).sum()) for draw in draws],
@@ -268,4 +271,4 @@ def store_cold(
         "configs": [config.changes() for config in grid.configs],
         "jobs": [list(job) for job in jobs],
         "result_versions": {job[1]: SYSTEMS[job[1]].result_version for job in jobs},
-        **({"note": ONLY_NUMBERS} if name in COMPARISONS else {})})
+        **({"note": ONLY_NUMBERS} if kind in COMPARISONS else {})})
