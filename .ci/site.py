@@ -204,13 +204,12 @@ def results_text():
         "users are shown. What was tuned was tuned on validation events only. Negative results stay."]) + "\n"
 
 def names_file(page, path):
-    "Whether a code cell of a page reads a stored file."
+    "Whether a code cell of a page reads a stored file, by its name or by a pattern such as `classical-{name}.json`."
     code = "\n".join("".join(cell["source"]) for cell in cells_of(page) if cell["cell_type"] == "code")
-    folder = path.parent.name
+    folder, (first, _, last) = path.parent.name, path.stem.partition("-")
     if folder == "artifacts": return f'"{path.name}"' in code
-    named = re.search(rf'artifact_path\("{folder}", (f?"[^"]*"|\w+)', code)
-    told = f'"{path.name}"' in code or f'"{path.stem}"' in code or bool(named) and not named[1].strip('"')
-    return bool(named) and told or folder == "gallery" and 'artifact_path("gallery")' in code
+    told = any(f'"{name}{end}"' in code for name in (path.stem, f"{first}-{{name}}", f"{{name}}-{last}") for end in ("", ".json"))
+    return f'artifact_path("{folder}"' in code and told or folder == "gallery" and 'artifact_path("gallery")' in code
 
 def write_pages():
     "Write the pages that are made here beside the notebooks."
