@@ -127,7 +127,7 @@ _BEAUTY = {
         dict(dropout=.5, batch_size=1024, epochs=200, patience=10)),
     "beauty-sasrec-sampled": Claim(
         "Beauty", "sasrec_sampled", (.0921, .0531), _ESASREC, _SAMPLED,
-        _SMALL | dict(epochs=200, patience=20)),
+        _SMALL | dict(epochs=200, patience=20), "logQ correction; eight rows share negatives"),
     "beauty-sasrec": Claim(
         "Beauty", "sasrec", (.0921, .0531), _ESASREC, _SAMPLED,
         _SMALL | dict(epochs=60, patience=6), "softmax over all items here"),
