@@ -41,11 +41,12 @@ def comment_of(lines, number):
     found = re.search(r"\s#\s?(?!\|)(.*)$", lines[number - 1])
     return found[1].strip() if found else ""
 
-def escaped(text): return text.replace("|", "\\|").replace("<", "&lt;")
+def escaped(text):
+    "Escape what Markdown tables and HTML would read, outside of code."
+    parts = text.split("`")
+    return "`".join(part if n % 2 else part.replace("|", "\\|").replace("<", "&lt;") for n, part in enumerate(parts))
 
 def coded(text): return f"`{text}`" if text else ""
-
-def in_cell(text): return coded(text).replace("|", "\\|")
 
 def table(rows, head):
     "Lay rows out as a Markdown table without columns that are empty."
@@ -61,8 +62,8 @@ def parameters(node, lines):
     defaults |= {arg: value for arg, value in zip(args.kwonlyargs, args.kw_defaults) if value is not None}
     named = [*plain, *([args.vararg] if args.vararg else []), *args.kwonlyargs, *([args.kwarg] if args.kwarg else [])]
     stars = {args.vararg: "*", args.kwarg: "**"}
-    return [(coded(stars.get(arg, "") + arg.arg), in_cell(ast.unparse(arg.annotation)) if arg.annotation else "",
-             in_cell(ast.unparse(defaults[arg])) if arg in defaults else "", escaped(comment_of(lines, arg.end_lineno)))
+    return [(coded(stars.get(arg, "") + arg.arg), coded(ast.unparse(arg.annotation)) if arg.annotation else "",
+             coded(ast.unparse(defaults[arg])) if arg in defaults else "", escaped(comment_of(lines, arg.end_lineno)))
             for arg in named if arg.arg not in ("self", "cls")]
 
 def returned(node, lines):
@@ -108,7 +109,7 @@ def is_shown(node, lines):
 
 def class_text(node, lines):
     "Write the entry of a class: docstring, fields or constructor, methods."
-    fields = [(coded(part.target.id), in_cell(ast.unparse(part.annotation)), in_cell(ast.unparse(part.value)) if part.value else "",
+    fields = [(coded(part.target.id), coded(ast.unparse(part.annotation)), coded(ast.unparse(part.value)) if part.value else "",
                escaped(comment_of(lines, part.end_lineno))) for part in node.body if isinstance(part, ast.AnnAssign)]
     bases = ", ".join(coded(ast.unparse(base)) for base in node.bases)
     methods = [part for part in node.body if isinstance(part, FUNCTIONS) and is_shown(part, lines)]
