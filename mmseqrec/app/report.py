@@ -166,9 +166,9 @@ def system_summaries(
 def best_baseline(
     systems: Sequence[SystemSummary],  # of one run
     metric: str = "ndcg@10",  # as in `Evaluation.values`
-) -> SystemSummary | None:  # `None` if neither popularity nor Markov was run
-    "Return the better of popularity and first-order Markov."
-    simple = [system for system in systems if system.key in ("popularity", "markov")]
+) -> SystemSummary | None:  # `None` if none of them was run
+    "Return the best of the systems that need no training."
+    simple = [system for system in systems if not SYSTEMS[system.key].has_seed]
     mean = lambda system: user_means(system.values(metric), system.user).mean()
     return max(simple, key=mean, default=None)
 
@@ -260,7 +260,7 @@ def systems_section(
     run: Run,
     systems: Sequence[SystemSummary],  # of one run
 ) -> dict:  # `"rows"`, one a system; the `"best"` of them; `"bars"`, figures; ...
-    "Measure all systems: accuracy, difference to the best simple baseline, breadth, size, time."
+    "Measure all systems: accuracy, difference to the best baseline, breadth, size, time."
     main, counts = run.config.metric, run.data.split.item_counts()
     metrics = [f"{name}@{k}" for name in ("recall", "ndcg", "mrr") for k in (10, 20, 50)]
     baseline = best_baseline(systems, main)

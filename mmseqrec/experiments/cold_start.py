@@ -72,6 +72,7 @@ GRIDS = {
                                  enumerate(_draws(_real("scientific"))))),
     "new-classical": ColdGrid(_draws(replace(_COLD, systems=_CLASSICAL))),
     "scientific-classical": ColdGrid(_draws(_real("scientific", _CLASSICAL))),
+    "ml1m-classical": ColdGrid((_real("ml1m", _CLASSICAL),)),
     "ml1m": ColdGrid((_real("ml1m", tuple(n for n in _REAL if n != "mmsrec_scratch")),),
                      once=("unisrec_scratch", "missrec_scratch"))}
 TINY = ColdGrid((tiny_config(_COLD, ("markov", "content_sasrec", "missrec_scratch")),))
