@@ -54,48 +54,38 @@ def table(rows, head):
     lines = [[head[n] for n in columns], ["---"] * len(columns), *([row[n] for n in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else ""
 
-def parameters(node, lines):
-    "List name, type, default and comment of a function's parameters, `self` left out."
-    args = node.args
-    plain = [*args.posonlyargs, *args.args]
+def arguments(node):
+    "List the arguments of a function, with the stars and the default of each, `self` left out."
+    args, plain = node.args, [*node.args.posonlyargs, *node.args.args]
     defaults = dict(zip(reversed(plain), reversed(args.defaults)))
     defaults |= {arg: value for arg, value in zip(args.kwonlyargs, args.kw_defaults) if value is not None}
     named = [*plain, *([args.vararg] if args.vararg else []), *args.kwonlyargs, *([args.kwarg] if args.kwarg else [])]
     stars = {args.vararg: "*", args.kwarg: "**"}
-    return [(coded(stars.get(arg, "") + arg.arg), coded(ast.unparse(arg.annotation)) if arg.annotation else "",
-             coded(ast.unparse(defaults[arg])) if arg in defaults else "", escaped(comment_of(lines, arg.end_lineno)))
+    return [(arg, stars.get(arg, ""), ast.unparse(defaults[arg]) if arg in defaults else "")
             for arg in named if arg.arg not in ("self", "cls")]
+
+def parameters(node, lines):
+    "List name, type, default and comment of a function's parameters."
+    return [(coded(stars + arg.arg), coded(ast.unparse(arg.annotation)) if arg.annotation else "", coded(default),
+             escaped(comment_of(lines, arg.end_lineno))) for arg, stars, default in arguments(node)]
 
 def returned(node, lines):
     "Say what a function returns: its annotation, and the comment behind it."
     if node.returns is None: return ""
     return ast.unparse(node.returns), comment_of(lines, node.returns.end_lineno)
 
-def call_of(name, node):
-    "Write the call of a function: names of parameters, with their defaults."
-    args = ast.parse(ast.unparse(node)).body[0].args
-    for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))): arg.annotation = None
-    args.args = [arg for arg in args.args if arg.arg not in ("self", "cls")]
-    return f"{name}({ast.unparse(args)})"
-
-def wrapped(call, width=96):
-    "Break a long call into lines at its commas."
-    if len(call) <= width: return call
-    name, _, rest = call.partition("(")
-    node = ast.parse(f"def f({rest}: pass").body[0].args
-    parts, plain = [], [*node.posonlyargs, *node.args]
-    shift = len(plain) - len(node.defaults)
-    for n, arg in enumerate(plain): parts.append(arg.arg + (f"={ast.unparse(node.defaults[n - shift])}" if n >= shift else ""))
-    if node.vararg: parts.append(f"*{node.vararg.arg}")
-    elif node.kwonlyargs: parts.append("*")
-    for arg, value in zip(node.kwonlyargs, node.kw_defaults): parts.append(arg.arg + (f"={ast.unparse(value)}" if value else ""))
-    if node.kwarg: parts.append(f"**{node.kwarg.arg}")
-    return f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + ")"
+def call_of(name, node, width=96):
+    "Write the call of a function: names of parameters with their defaults, one a line where the line would be long."
+    parts = [stars + arg.arg + f"={default}" * bool(default) for arg, stars, default in arguments(node)]
+    if node.args.kwonlyargs and not node.args.vararg:
+        parts.insert(len(parts) - len(node.args.kwonlyargs) - bool(node.args.kwarg), "*")
+    call = f"{name}({', '.join(parts)})"
+    return call if len(call) <= width else f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + ")"
 
 def function_text(node, lines, level, owner=""):
     "Write the entry of a function or method."
     name = owner + node.name if node.name != "__init__" else owner.rstrip(".")
-    text = [f"```python\n{wrapped(call_of(name, node))}\n```", ast.get_docstring(node) or "",
+    text = [f"```python\n{call_of(name, node)}\n```", ast.get_docstring(node) or "",
             table(parameters(node, lines), ("parameter", "type", "default", "what it is"))]
     if (found := returned(node, lines)): text.append(f"Returns `{found[0]}`" + (f": {escaped(found[1])}" if found[1] else "."))
     head = [f"{'#' * level} {node.name} {{#{(owner + node.name).lower()}}}"] if node.name != "__init__" else []

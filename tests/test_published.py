@@ -69,8 +69,7 @@ def counts_of(lists, held_out):
 def quick(monkeypatch):
     "Two claims of a fraction of a second in place of the real ones."
     claims = {"beauty-popularity": CLAIMS["beauty-popularity"],
-              "beauty-sasrec": replace(CLAIMS["beauty-sasrec"], settings=QUICK),
-              "beauty-none": replace(CLAIMS["beauty-sasrec"], system="no_such_system")}
+              "beauty-sasrec": replace(CLAIMS["beauty-sasrec"], settings=QUICK)}
     monkeypatch.setattr(published, "CLAIMS", claims)
     monkeypatch.setattr(published, "run_published_tiny", lambda folder: {})
     return claims
@@ -164,7 +163,7 @@ def test_the_command_prints_the_comparison(tmp_path, quick, capsys):
     out = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     assert main(["all", *out, "--seeds", "1"]) == 0
     text = capsys.readouterr().out
-    assert "beauty-popularity: Popularity, 1 trained; published by S3Rec" in text and "beauty-none" not in text
+    assert "beauty-popularity: Popularity, 1 trained; published by S3Rec" in text
     assert "beauty-sasrec: SASRec over IDs, 1 trained" in text and text.count("recall@10: published") == 2
     runs = reproduce(quick["beauty-popularity"], tmp_path / "data", tmp_path / "out", progress=False)
     assert describe_claim("beauty-popularity", runs) in text

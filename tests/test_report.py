@@ -226,8 +226,8 @@ def test_the_headline_names_the_best_baseline(run, tmp_path):
     simple = {s.key: s.values("ndcg@10").mean() for s in systems[:2]}
     assert best_baseline(systems).key == max(simple, key=simple.get)
     classical = system_summaries(make_run(tmp_path, systems=("popularity", "itemknn", "sasrec")))
-    assert {s.key: s.values("ndcg@10").mean() for s in classical[:2]}[best_baseline(classical).key] == max(
-        s.values("ndcg@10").mean() for s in classical[:2]) and best_baseline(classical).key != "sasrec"
+    simple = {s.key: s.values("ndcg@10").mean() for s in classical if s.key != "sasrec"}
+    assert best_baseline(classical).key == max(simple, key=simple.get)
     assert "SASRec over IDs" in headline_of(run, systems)
     assert "No other system is ahead" in headline_of(run, systems[:2])
     alone = make_run(tmp_path, systems=("sasrec",))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..blocks.interests import _rows_of_before
 from ..blocks.layers import Centring, check_features
-from ..blocks.towers import modality_sizes
+from ..blocks.towers import keep_features, kept_features, modality_sizes
 from ..core import check_shape
 from ..data.sequences import TRAIN, Batch, SequenceStore
 from ..features.encoders import Catalogue
@@ -272,23 +272,15 @@ class ContentVectors(nn.Module):
     ) -> None:
         "Take the mean features of all items. Raises `ValueError` if absent or of another size."
         check_features(catalogue, **{name: len(x.center) for name, x in self.centrings.items()})
-        for name, centring in self.centrings.items():
-            features = getattr(catalogue, f"mean_{name}")().to(centring.center)
-            missing = getattr(catalogue, f"missing_{name}_mask").to(features.device)
-            self.register_buffer(f"{name}_features", features, persistent=False)
-            self.register_buffer(f"missing_{name}_mask", missing, persistent=False)
-
-    def _tables(self):
-        "Yield the centring, features and missing mask of each modality."
-        for name, centring in self.centrings.items():
-            yield centring, getattr(self, f"{name}_features"), getattr(self, f"missing_{name}_mask")
+        like = next(iter(self.centrings.values())).center
+        keep_features(self, catalogue, self.centrings, like)
 
     def fit_statistics(
         self,
         ids: Tensor,  # `[N]` catalogue rows with training events
     ) -> None:
         "Take the centre of each modality."
-        for centring, features, missing in self._tables():
+        for centring, features, missing in kept_features(self, self.centrings):
             centring.fit_statistics(features[ids[~missing[ids]]])
 
     def forward(
@@ -297,7 +289,7 @@ class ContentVectors(nn.Module):
     ) -> Tensor:  # `[*ids.shape, D]`, length 1; zeros for padding and items with neither modality
         "Look up the vectors of some items."
         parts = [F.normalize(centring(features[ids]), dim=-1) * ~missing[ids][..., None]
-                 for centring, features, missing in self._tables()]
+                 for centring, features, missing in kept_features(self, self.centrings)]
         return F.normalize(torch.cat(parts, -1), dim=-1)
 
 # %% ../../nbs/56_models.classical.ipynb #content-knn
